@@ -1,0 +1,141 @@
+"""ControlNet: a trainable copy of the UNet's encoder and middle block between zero convolutions (paper, section 3)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .residuals import Residuals
+from .unet import Encoder, UNetConfig
+
+
+def zero_convolution(in_channels: int, out_channels: int, *, operations: Any = nn, kernel: int = 1, **place: Any) -> Any:
+    """A convolution whose weight and bias start at 0; 1x1 in the paper, 3x3 at the end of the released hint encoder."""
+    convolution = operations.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, **place)
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    return convolution
+
+
+class ControlledBlock(nn.Module):
+    """y_c = F(x; O) + Z(F(x + Z(c; O_z1); O_c); O_z2), on any module F (paper, equation 2).
+
+    `block` maps (B, in_channels, H, W) to (B, out_channels, H', W'); it is locked and a copy of it is trained. The
+    hint's features c are (B, hint_channels, H, W). At the start the output is exactly `block`'s.
+    """
+
+    def __init__(self, block: nn.Module, hint_channels: int, in_channels: int, out_channels: int):
+        super().__init__()
+        self.copy = copy.deepcopy(block)
+        self.locked = block.requires_grad_(False)
+        self.zero_in = zero_convolution(hint_channels, in_channels)
+        self.zero_out = zero_convolution(out_channels, out_channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.locked(x) + self.zero_out(self.copy(x + self.zero_in(c)))
+
+
+def released_hint_encoder(hint_channels: int, channels: int, *, operations: Any = nn, **place: Any) -> nn.Sequential:
+    """The hint encoder of the published weights: (B, hint_channels, H, W) -> (B, channels, H/8, W/8).
+
+    Eight 3x3 convolutions with SiLU between them, the last one zero (lllyasviel/ControlNet, cldm/cldm.py).
+    """
+    layers: list[nn.Module] = []
+    width = hint_channels
+    for out, stride in ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2)):
+        layers += [operations.Conv2d(width, out, 3, stride=stride, padding=1, **place), nn.SiLU()]
+        width = out
+    return nn.Sequential(*layers, zero_convolution(width, channels, kernel=3, operations=operations, **place))
+
+
+def paper_hint_encoder(hint_channels: int, channels: int, *, operations: Any = nn, **place: Any) -> nn.Sequential:
+    """The hint encoder of the paper's text: (B, hint_channels, H, W) -> (B, channels, H/8, W/8).
+
+    Four 4x4 convolutions of 16, 32, 64 and 128 channels with ReLU, Gaussian weights (section 3.2), then the zero
+    convolution of the hint. Four strides of 2 would end at 1/16 where the text says 1/8, so the fourth has stride 1.
+    """
+    layers: list[nn.Module] = []
+    width = hint_channels
+    for out, stride in ((16, 2), (32, 2), (64, 2), (128, 1)):
+        # A 4x4 kernel at stride 1 keeps the size only with one more pixel on one side.
+        padding = 1 if stride == 2 else "same"
+        convolution = operations.Conv2d(width, out, 4, stride=stride, padding=padding, **place)
+        nn.init.normal_(convolution.weight, std=(2.0 / (16 * width)) ** 0.5)
+        nn.init.zeros_(convolution.bias)
+        layers += [convolution, nn.ReLU()]
+        width = out
+    return nn.Sequential(*layers, zero_convolution(width, channels, operations=operations, **place))
+
+
+HINT_ENCODERS = {"released": released_hint_encoder, "paper": paper_hint_encoder}
+
+
+class ControlNet(Encoder):
+    """The trainable copy with 12+1 (SDXL 9+1) zero convolutions.
+
+    `hint_encoder` is "released" (published weights) or "paper" (the text's own). A new ControlNet's zero convolutions
+    are 0; `copy_encoder` gives it a base model's weights.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        hint_channels: int = 3,
+        hint_encoder: str = "released",
+        *,
+        operations: Any = nn,
+        **place: Any,
+    ):
+        super().__init__(config, operations=operations, **place)
+        self.hint_channels = hint_channels
+        self.input_hint_block = HINT_ENCODERS[hint_encoder](
+            hint_channels, config.model_channels, operations=operations, **place
+        )
+        self.zero_convs = nn.ModuleList(
+            nn.Sequential(zero_convolution(channels, channels, operations=operations, **place))
+            for channels in config.skip_channels
+        )
+        deepest = config.skip_channels[-1]
+        self.middle_block_out = nn.Sequential(zero_convolution(deepest, deepest, operations=operations, **place))
+
+    def encode_hint(self, hint: Tensor) -> Tensor:
+        """Hint (B, hint_channels, 8H, 8W) in [0,1] -> guided hint (B, model_channels, H, W); once per sampling."""
+        height, width = hint.shape[2:]
+        if hint.shape[1] != self.hint_channels or height % 8 or width % 8:
+            raise ValueError(
+                f"hint has {hint.shape[1]} channels of {width}x{height}; this ControlNet takes {self.hint_channels} "
+                "channels, and width and height must be multiples of 8: resize the hint to 8 times the latent's size"
+            )
+        return self.input_hint_block(hint)
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, guided_hint: Tensor, y: Tensor | None = None
+    ) -> Residuals:
+        """Noisy latent (B,4,H,W), timestep (B,), context (B,T,C) and guided hint (B or 1,C,H,W) -> residuals."""
+        emb = self.embed(x, timesteps, y)
+        h = x
+        skips = []
+        for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
+            h = block(h, emb, context)
+            if i == 0:
+                h = h + guided_hint
+            skips.append(zero(h))
+        h = self.middle_block(h, emb, context)
+        return Residuals(tuple(skips), self.middle_block_out(h))
+
+
+def copy_encoder(control: ControlNet, unet_weights: Mapping[str, Tensor]) -> None:
+    """Give `control` the encoder and middle block of a base UNet's weights (keys without prefix), as training begins.
+
+    Raises KeyError naming the first parameter that the base lacks.
+    """
+    own = control.state_dict()
+    added = ("zero_convs.", "middle_block_out.", "input_hint_block.")
+    copied = [key for key in own if not key.startswith(added)]
+    missing = [key for key in copied if key not in unet_weights or unet_weights[key].shape != own[key].shape]
+    if missing:
+        raise KeyError(f"the base UNet lacks {len(missing)} of {len(copied)} encoder weights, the first {missing[0]}")
+    control.load_state_dict({key: unet_weights[key] for key in copied}, strict=False)
