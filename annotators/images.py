@@ -18,3 +18,19 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
     if not np.issubdtype(image.dtype, np.floating):
         raise AnnotatorError(f"image is {image.dtype}; give float in 0..1 or uint8 in 0..255")
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def resize_short_side(image: np.ndarray, resolution: int) -> np.ndarray:
+    """The picture (H,W,3) with its shorter side at `resolution` pixels, aspect kept; 0 keeps it as it is.
+
+    Lanczos when it grows and area averages when it shrinks, as the published preprocessors do.
+    """
+    height, width = image.shape[:2]
+    if resolution == 0 or min(height, width) == resolution:
+        return image
+    import cv2
+
+    scale = resolution / min(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resized = cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4 if scale > 1 else cv2.INTER_AREA)
+    return np.clip(resized, 0, 255 if image.dtype == np.uint8 else 1)

@@ -12,7 +12,9 @@ from .residuals import Residuals
 from .unet import Encoder, UNetConfig
 
 
-def zero_convolution(in_channels: int, out_channels: int, *, operations: Any = nn, kernel: int = 1, **place: Any) -> Any:
+def zero_convolution(
+    in_channels: int, out_channels: int, *, kernel: int = 1, operations: Any = nn, **place: Any
+) -> nn.Module:
     """A convolution whose weight and bias start at 0; 1x1 in the paper, 3x3 at the end of the released hint encoder."""
     convolution = operations.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, **place)
     for parameter in convolution.parameters():
@@ -27,12 +29,21 @@ class ControlledBlock(nn.Module):
     hint's features c are (B, hint_channels, H, W). At the start the output is exactly `block`'s.
     """
 
-    def __init__(self, block: nn.Module, hint_channels: int, in_channels: int, out_channels: int):
+    def __init__(
+        self,
+        block: nn.Module,
+        hint_channels: int,
+        in_channels: int,
+        out_channels: int,
+        *,
+        operations: Any = nn,
+        **place: Any,
+    ):
         super().__init__()
-        self.copy = copy.deepcopy(block)
+        self.copy = copy.deepcopy(block).requires_grad_(True)
         self.locked = block.requires_grad_(False)
-        self.zero_in = zero_convolution(hint_channels, in_channels)
-        self.zero_out = zero_convolution(out_channels, out_channels)
+        self.zero_in = zero_convolution(hint_channels, in_channels, operations=operations, **place)
+        self.zero_out = zero_convolution(out_channels, out_channels, operations=operations, **place)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return self.locked(x) + self.zero_out(self.copy(x + self.zero_in(c)))
@@ -59,14 +70,15 @@ def paper_hint_encoder(hint_channels: int, channels: int, *, operations: Any = n
     """
     layers: list[nn.Module] = []
     width = hint_channels
-    for out, stride in ((16, 2), (32, 2), (64, 2), (128, 1)):
-        # A 4x4 kernel at stride 1 keeps the size only with one more pixel on one side.
-        padding = 1 if stride == 2 else "same"
+    for out, stride, padding in ((16, 2, 1), (32, 2, 1), (64, 2, 1), (128, 1, 0)):
         convolution = operations.Conv2d(width, out, 4, stride=stride, padding=padding, **place)
         nn.init.normal_(convolution.weight, std=(2.0 / (16 * width)) ** 0.5)
         nn.init.zeros_(convolution.bias)
         layers += [convolution, nn.ReLU()]
         width = out
+    # A 4x4 kernel at stride 1 keeps the size only with one more pixel on one side. The padding shares its place with
+    # the activation before it, so that every second entry is a convolution, as in the released one: indices are keys.
+    layers[5] = nn.Sequential(nn.ReLU(), nn.ZeroPad2d((1, 2, 1, 2)))
     return nn.Sequential(*layers, zero_convolution(width, channels, operations=operations, **place))
 
 
@@ -121,6 +133,12 @@ class ControlNet(Encoder):
         for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
             h = block(h, emb, context)
             if i == 0:
+                if guided_hint.shape[1:] != h.shape[1:]:
+                    found, expected = ("x".join(map(str, t.shape[1:])) for t in (guided_hint, h))
+                    raise ValueError(
+                        f"the guided hint is {found}, this latent needs {expected}: "
+                        "encode a hint of 8 times the latent's size"
+                    )
                 h = h + guided_hint
             skips.append(zero(h))
         h = self.middle_block(h, emb, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def sample_ddim(predict: Predict, noise: Tensor, alphas: Tensor, steps: int = 20
     """Latents from `noise` (B,4,H,W) by deterministic DDIM (Song et al., 2021) with evenly spaced timesteps."""
     timesteps = torch.linspace(len(alphas) - 1, 0, steps + 1).round().long().tolist()
     x = noise
-    for t, following in zip(timesteps[:-1], timesteps[1:], strict=True):
+    for t, following in pairwise(timesteps):
         eps = predict(x, torch.full((len(x),), t, device=x.device))
         a, b = alphas[t].item(), alphas[following].item() if following > 0 else 1.0
         clean = (x - (1 - a) ** 0.5 * eps) / a**0.5

@@ -116,7 +116,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of (B, C, H, W); the projections are 1x1 convolutions in SD1.x, linear later."""
+    """Transformer blocks over the pixels of (B, C, H, W); projections are 1x1 convolutions in SD1.x, linear later."""
 
     def __init__(
         self, dim: int, context_dim: int, heads: int, depth: int, linear: bool, *, operations: Any = nn, **place: Any
@@ -173,7 +173,9 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """One entry of `input_blocks`, `middle_block` or `output_blocks`: hands each part what it takes."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None
+    ) -> Tensor:
         for part in self:
             if isinstance(part, ResBlock):
                 x = part(x, emb)

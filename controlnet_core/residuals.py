@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +18,7 @@ class Residuals:
     skips: tuple[Tensor | None, ...]
     middle: Tensor | None
 
-    def __iter__(self) -> Iterable[Tensor | None]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Tensor | None]:
         """The residuals in the order of the block weights: skips from shallow to deep, then the middle."""
         yield from self.skips
         yield self.middle
@@ -37,7 +37,7 @@ class Residuals:
         if len(weights) != len(self):
             raise ValueError(f"{len(self)} residuals need as many weights, found {len(weights)}")
         return Residuals.of(
-            None if tensor is None or (isinstance(weight, float) and weight == 0.0) else tensor * weight
+            None if tensor is None or (not isinstance(weight, Tensor) and weight == 0) else tensor * weight
             for tensor, weight in zip(self, weights, strict=True)
         )
 

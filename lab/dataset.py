@@ -23,7 +23,7 @@ HELD_OUT = 1_000_000
 
 
 def render_arrays(seed: int, size: int) -> dict[str, np.ndarray]:
-    """One scene as uint8 arrays (H,W,3) `image`, `canny`, `depth`, `pose`, (H,W) `segments`, and int32 `tokens` (77,)."""
+    """One scene: uint8 `image`, `canny`, `depth`, `pose` (H,W,3) and `segments` (H,W), int32 `tokens` (77,)."""
     scene = random_scene(seed)
     picture = render(scene, size)
     floats = {
@@ -41,7 +41,10 @@ def render_arrays(seed: int, size: int) -> dict[str, np.ndarray]:
 
 
 def render_shards(folder: Path, count: int, size: int = 128) -> list[Path]:
-    """Shards for the seeds 0 to `count` - 1 in `folder`; those that exist are kept, each is written whole or not at all."""
+    """Shards for the seeds 0 to `count` - 1 in `folder`; those that exist are kept.
+
+    Each is written whole or not at all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for start in range(0, count, SHARD):

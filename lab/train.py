@@ -18,7 +18,7 @@ from ..controlnet_core.unet import UNet
 from .autoencoder import LATENT_SCALE, Autoencoder, scale_latents
 from .dataset import load_shards, render_shards
 from .loop import fit
-from .models import SIZE, UNET, device, load_weights, save_weights
+from .models import SIZE, UNET, control_name, device, load_weights, save_weights
 from .segmenter import Segmenter
 from .text_encoder import TextEncoder
 from .vocabulary import INSUFFICIENT_PROMPT, tokenize
@@ -150,7 +150,7 @@ def train_control(work: Path, hint: str, steps: int = 2000, batch: int = 32) -> 
         return F.mse_loss(predicted.float(), noise)
 
     fit(model, loss_of_step, work / f"control_{hint}.pt", steps, lr=5e-4)
-    save_weights(model, f"control_{hint}")
+    save_weights(model, control_name(hint))
 
 
 def train_segmenter(work: Path, steps: int = 1500) -> None:

@@ -1,0 +1,50 @@
+"""Questions to the keys of a state dict, which compose: `has("a") & ~some(starts="b.")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A yes-or-no question to a state dict; `&`, `|` and `~` compose."""
+
+    ask: Callable[[State], bool]
+
+    def __call__(self, state: State) -> bool:
+        return self.ask(state)
+
+    def __and__(self, other: Condition) -> Condition:
+        return Condition(lambda state: self(state) and other(state))
+
+    def __or__(self, other: Condition) -> Condition:
+        return Condition(lambda state: self(state) or other(state))
+
+    def __invert__(self) -> Condition:
+        return Condition(lambda state: not self(state))
+
+
+def has(*keys: str) -> Condition:
+    """Are all of these keys there?"""
+    return Condition(lambda state: all(key in state for key in keys))
+
+
+def some(*, starts: str = "", contains: str = "", ends: str = "") -> Condition:
+    """Is there a key that starts, goes on and ends like this?"""
+    return Condition(
+        lambda state: any(key.startswith(starts) and contains in key and key.endswith(ends) for key in state)
+    )
+
+
+def numbered(state: State, prefix: str) -> int:
+    """How many children with numbers there are under `prefix`: one more than the highest number, 0 for none.
+
+    With the keys `blocks.0.weight` and `blocks.11.0.bias`, `blocks.` has 12.
+    """
+    numbers = (key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix))
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)

@@ -1,0 +1,30 @@
+"""Pictures side by side with their labels, for a person to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MARGIN, LINE = 4, 18
+
+
+def contact_sheet(columns: Mapping[str, np.ndarray]) -> Image:
+    """One picture with a column for each label: `columns` are (N,H,W,3) in 0..1, row n shows the n-th of each."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows, height, width = next(iter(columns.values())).shape[:3]
+    size = (len(columns) * (width + MARGIN) + MARGIN, LINE + rows * (height + MARGIN) + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (label, pictures) in enumerate(columns.items()):
+        left = MARGIN + column * (width + MARGIN)
+        draw.text((left, 2), label, "black", ImageFont.load_default(13))
+        for row, picture in enumerate(pictures):
+            pixels = np.rint(picture * 255).clip(0, 255).astype(np.uint8)
+            sheet.paste(Image.fromarray(pixels), (left, LINE + row * (height + MARGIN)))
+    return sheet

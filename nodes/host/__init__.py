@@ -1,0 +1,1 @@
+"""The one place that imports the host: its samplers, its model management, its folders."""

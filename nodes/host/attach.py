@@ -1,0 +1,109 @@
+"""Puts controls on the conds of a prompt: at once, or when sampling starts through a wrapper on a clone of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.patcher_extension
+import comfy.samplers
+
+from .control import HALVES, Control
+
+WrappersMP = comfy.patcher_extension.WrappersMP
+KEY = "zeroconv"
+
+Conds = dict[str, list[dict[str, Any]]]
+"""The lists of conds of a guider by their name ("positive", "negative", ...)."""
+
+
+def attach(conds: Conds, controls: Sequence[Control]) -> Conds:
+    """New lists of new conds that carry `controls` after what they carry already; both halves share one object.
+
+    Two conds are batched only when their control is the same object, so that every chain is built once.
+    """
+    if not controls:
+        return conds
+    conds = _copied_to_negative(conds)
+    chains: dict[int | None, Any] = {}
+
+    def chain(previous: Any) -> Any:
+        key = None if previous is None else id(previous)
+        if key not in chains:
+            for control in controls:
+                control = control.copy()
+                control.set_previous_controlnet(previous)
+                previous = control
+            chains[key] = previous
+        return chains[key]
+
+    return {
+        name: [{**cond, "control": chain(cond.get("control")), "control_apply_to_uncond": False} for cond in entries]
+        for name, entries in conds.items()
+    }
+
+
+def _copied_to_negative(conds: Conds) -> Conds:
+    """Do what the host does for its deprecated apply node, before another control on the negative keeps it from it."""
+    conds = {name: list(entries) for name, entries in conds.items()}
+    copied = [cond for cond in conds.get("positive", []) if cond.get("control_apply_to_uncond")]
+    for name, entries in conds.items():
+        if name != "positive" and entries:
+            comfy.samplers.apply_empty_x_to_equal_area(copied, entries, "control", lambda controls, i: controls[i])
+    return conds
+
+
+def attach_to_prompt(positive: list[Any], negative: list[Any], controls: Sequence[Control]) -> tuple[list, list]:
+    """CONDITIONING `positive` and `negative` with `controls` on every entry; what came in stays as it was."""
+    # The host's conds are dicts; the text embedding of an entry travels in them for the time being.
+    plain = {
+        name: [{**options, KEY: embedding} for embedding, options in entries]
+        for name, entries in (("positive", positive), ("negative", negative))
+    }
+    attached = attach(plain, controls)
+    return tuple(  # type: ignore[return-value]
+        [[cond.pop(KEY), cond] for cond in attached[name]] for name in ("positive", "negative")
+    )
+
+
+def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
+    """A clone of the host's MODEL that puts `controls` on the conds of every sampling; raises for one that does not fit."""
+    clone = model.clone()
+    if not controls:
+        return clone
+    for control in controls:
+        control.check_fits(model.model)
+
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        noise = args[0] if args else kwargs["noise"]
+        own = [control.copy() for control in controls]
+        for control in own:
+            control.latent_size = tuple(noise.shape)
+        guider.conds = attach(guider.conds, own)
+        comfy.patcher_extension.add_wrapper_with_key(
+            WrappersMP.CALC_COND_BATCH, KEY, _tell_halves(guider), guider.model_options, is_model_options=True
+        )
+        return executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    return clone
+
+
+def _tell_halves(guider: Any) -> Callable[..., Any]:
+    """A wrapper that tells controls which of the lists of a call is a negative one: guiders order them differently."""
+
+    def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        _, conds, _, _, model_options = args
+        negative = {
+            i: "negative" in name
+            for i, entries in enumerate(conds)
+            for name, known in guider.conds.items()
+            if entries is known
+        }
+        if len(negative) == len(conds):
+            options = {**model_options["transformer_options"], HALVES: negative}
+            args = (*args[:4], {**model_options, "transformer_options": options})
+        return executor(*args, **kwargs)
+
+    return calc_cond_batch

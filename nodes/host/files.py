@@ -1,0 +1,72 @@
+"""Control files in the host's folders, loaded through the host."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ...controlnet_core.loading import LoadedControl, usual_dtype, load_control, read_weights
+from ...lab.models import CONTROLS
+from .control import OwnControl
+from .models import dtypes, patcher_of
+
+def register_lab() -> None:
+    """Let the host list the embedded model's controls with the user's own."""
+    folder_paths.add_model_folder_path("controlnet", str(CONTROLS))
+
+
+def names() -> list[str]:
+    """Every control file that the host knows of."""
+    return folder_paths.get_filename_list("controlnet")
+
+
+def path_of(name: str) -> Path:
+    """The file that `name` means; FileNotFoundError says where it was looked for."""
+    found = folder_paths.get_full_path("controlnet", name)
+    if found is None:
+        folders = ", ".join(folder_paths.get_folder_paths("controlnet"))
+        raise FileNotFoundError(f"control file {name!r} is in none of the controlnet folders ({folders}): put it there")
+    return Path(found)
+
+
+def load(name: str, weight_dtype: torch.dtype | None = None, model: Any = None) -> OwnControl:
+    """The control in file `name`; `model` is the host's MODEL, for weights that are differences from a base."""
+    state, metadata = _read(path_of(name))
+    stored, compute, operations = dtypes(weight_dtype, usual_dtype(state))
+    loaded: LoadedControl = load_control(
+        state,
+        metadata,
+        name=name,
+        base=None if model is None else _base_weights(model),
+        operations=operations,
+        dtype=stored,
+        device=comfy.model_management.unet_offload_device(),
+    )
+    return OwnControl(name, loaded, patcher_of(loaded.control), compute)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The file's tensors through the host's loader; what it cannot read, our own says better."""
+    read = partial(comfy.utils.load_torch_file, str(path), safe_load=True)
+    try:
+        state, metadata = read(return_metadata=True)
+    except Exception:
+        read_weights(path)
+        raise
+    return state, metadata or {}
+
+
+def _base_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The UNet's weights of the host's MODEL, patches not applied, keys without prefix."""
+    prefix = "diffusion_model."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in model.model_state_dict().items()
+        if key.startswith(prefix)
+    }

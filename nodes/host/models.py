@@ -1,0 +1,65 @@
+"""The host's models seen from the core, and networks handed to the host's memory management."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+
+from ...controlnet_core.unet import UNetConfig
+
+
+class ModelError(ValueError):
+    """A model that no control of this pack can act on."""
+
+
+def unet_config(model: Any, control: str, family: str | None) -> UNetConfig:
+    """The core's configuration of the host's `model` (a BaseModel); `control` and `family` are for the error's text."""
+    found = model.model_config.unet_config
+    if "image_model" in found or "channel_mult" not in found:
+        made_for = f"made for {family}" if family else "a ControlNet of the SD UNet"
+        raise ModelError(
+            f"{control} is {made_for}, the model is {type(model.model_config).__name__}: "
+            "connect an SD1.x, SD2.x or SDXL model, or load a control of that model with the host's own loader"
+        )
+    blocks = found["num_res_blocks"]
+    blocks = blocks[0] if isinstance(blocks, (list, tuple)) else blocks
+    depth = found["transformer_depth"]
+    return UNetConfig(
+        in_channels=found["in_channels"],
+        out_channels=found.get("out_channels", 4),
+        model_channels=found["model_channels"],
+        channel_mult=tuple(found["channel_mult"]),
+        num_res_blocks=blocks,
+        transformer_depth=tuple(depth[::blocks]),
+        transformer_depth_middle=found.get("transformer_depth_middle", depth[-1]),
+        context_dim=found["context_dim"],
+        num_heads=max(0, found.get("num_heads", -1)),
+        head_dim=max(0, found.get("num_head_channels", 64)),
+        use_linear=found.get("use_linear_in_transformer", False),
+        adm_in_channels=found.get("adm_in_channels"),
+    )
+
+
+def patcher_of(module: torch.nn.Module) -> Any:
+    """The one ModelPatcher of a network, of the class that this host loads best."""
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(
+        module,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def dtypes(weight_dtype: torch.dtype | None, file_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, Any]:
+    """Storage dtype, computation dtype and layer classes for weights of `file_dtype`, as the host would choose them.
+
+    `weight_dtype` is the user's choice of storage, `None` for the host's.
+    """
+    management = comfy.model_management
+    stored = weight_dtype or management.unet_dtype(model_params=-1, weight_dtype=file_dtype)
+    cast = management.unet_manual_cast(stored, management.get_torch_device())
+    return stored, cast or stored, comfy.ops.pick_operations(stored, cast)

@@ -1,0 +1,76 @@
+"""CONTROL_NET_STACK: a plain list of plain five-tuples, as other packs unpack it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import files
+from .control import Control, ForeignControl, Options
+
+Entry = tuple[Any, Tensor, float, float, float]
+"""(control_net, image (B,H,W,3) in 0..1, strength, start, end); the rest rides on control_net."""
+
+
+class StackError(ValueError):
+    """Something in the place of a CONTROL_NET_STACK, or of what one is made of."""
+
+
+def entry(control_net: Any, image: Tensor | None, strength: float, start: float, end: float, options: Options) -> Entry:
+    """One entry; raises for a missing image and for a window that cannot be meant."""
+    if image is None:
+        raise StackError("control_net is connected and its image is not: connect the hint that it shall follow")
+    made = _control(control_net).with_options(options)
+    _dosed(made, image, strength, start, end)
+    return made, image, strength, start, end
+
+
+def read(stack: Any) -> list[Entry]:
+    """The entries of a stack of ours or of another pack, as fives; what came in stays as it was."""
+    if stack is None:
+        return []
+    if not isinstance(stack, (list, tuple)):
+        raise StackError(f"a CONTROL_NET_STACK is a list, found {type(stack).__name__}: connect a stack node")
+    return [_read(i, found) for i, found in enumerate(stack)]
+
+
+def _read(i: int, found: Any) -> Entry:
+    if isinstance(found, (list, tuple)) and len(found) == 5:
+        return tuple(found)  # type: ignore[return-value]
+    if isinstance(found, (list, tuple)) and len(found) == 7 and isinstance(found[0], str):
+        name, strength, start, end, _, image, _ = found  # Easy-Use
+        return files.load(name), image, strength, start, end
+    raise StackError(
+        f"entry {i} of the control_net stack is {_what(found)}; expected (control_net, image, strength, "
+        "start_percent, end_percent): connect a stack made by ZeroConv, Comfyroll, Efficiency or Easy-Use"
+    )
+
+
+def _what(found: Any) -> str:
+    return f"a tuple of {len(found)}" if isinstance(found, (list, tuple)) else f"a {type(found).__name__}"
+
+
+def controls(stack: Sequence[Entry], vae: Any = None) -> list[Control]:
+    """A control for each entry, with its hint and its strength; those that can never act are left out."""
+    dosed = [_dosed(_control(control_net), image, *numbers, vae) for control_net, image, *numbers in stack]
+    return [control for control in dosed if not control.strength_now().off]
+
+
+def _control(control_net: Any) -> Control:
+    if isinstance(control_net, Control):
+        return control_net
+    if callable(getattr(control_net, "get_control", None)):
+        return ForeignControl(control_net)
+    raise StackError(
+        f"control_net in the stack is a {type(control_net).__name__}, expected a CONTROL_NET: connect a loader"
+    )
+
+
+def _dosed(control: Control, image: Tensor, strength: float, start: float, end: float, vae: Any = None) -> Control:
+    """A copy of `control` with this hint and strength; `image` (B,H,W,C) as nodes hand it on."""
+    copy = control.copy()
+    copy.set_cond_hint(image.movedim(-1, 1), strength, (start, end), vae=vae)
+    copy.strength_now()  # says what is wrong with the window while the node is at hand
+    return copy
