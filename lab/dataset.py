@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from .hints import canny_hint, depth_hint, pose_hint
 from .render import render
@@ -61,5 +62,8 @@ def render_shards(folder: Path, count: int, size: int = 128) -> list[Path]:
 
 def load_shards(paths: list[Path], names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays `names` of all shards, in the order of the seeds."""
-    shards = [load_file(path) for path in paths]
+    shards = []
+    for path in paths:
+        with safe_open(path, framework="numpy") as shard:
+            shards.append({name: shard.get_tensor(name) for name in names})
     return {name: np.concatenate([shard[name] for shard in shards]) for name in names}

@@ -27,7 +27,8 @@ def fit(
     """Train `model` in place for `steps` optimizer steps and return it with averaged weights.
 
     `loss_of_step` draws its batch with the generator it is given. `checkpoint` is written whole or not at all every
-    250 steps, and training goes on from it when it exists: the losses are those of an uninterrupted run.
+    250 steps, and training goes on from it when it exists: on the same kind of device, the losses are those of an
+    uninterrupted run.
     """
     place = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
@@ -42,6 +43,8 @@ def fit(
         average, step = saved["average"], saved["step"]
         draw.set_state(saved["draw"].cpu())
         torch.set_rng_state(saved["noise"].cpu())
+        if place.type == "cuda" and saved.get("cuda_noise") is not None:
+            torch.cuda.set_rng_state(saved["cuda_noise"].cpu())
 
     started, first = time.monotonic(), step
     while step < steps:
@@ -70,6 +73,7 @@ def fit(
                     "step": step,
                     "draw": draw.get_state(),
                     "noise": torch.get_rng_state(),
+                    "cuda_noise": torch.cuda.get_rng_state() if place.type == "cuda" else None,
                 },
                 aside,
             )

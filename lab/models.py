@@ -31,7 +31,7 @@ class MissingWeights(FileNotFoundError):
 
 def control_name(hint: str) -> str:
     """The name under `weights/` of the control for a hint (canny, depth or pose)."""
-    return f"{CONTROLS.name}/control_{hint}"
+    return f"{CONTROLS.name}/lab_{hint}"
 
 
 def save_weights(module: nn.Module, name: str, metadata: dict[str, str] | None = None) -> Path:

@@ -18,7 +18,7 @@ Stack = io.Custom("CONTROL_NET_STACK")
 def _dose(required: bool) -> list[Any]:
     """The inputs that every node of this file has; where a stack may stand in, control and image may be left out."""
     return [
-        io.ControlNet.Input("control_net", optional=not required, tooltip="The control; none when a stack is connected."),
+        io.ControlNet.Input("control_net", optional=not required, tooltip="The control; none with a stack alone."),
         io.Image.Input("image", optional=not required, tooltip="The hint, as an annotator makes it."),
         io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="Multiplies every residual."),
         io.Float.Input("start", default=0.0, min=0.0, max=10000.0, step=0.001, tooltip="Control acts from here on."),
@@ -127,7 +127,7 @@ class ApplyControlToPrompt(io.ComfyNode):
             node_id="ApplyControlToPrompt",
             display_name="Apply Control to Prompt (ZeroConv)",
             category="ZeroConv",
-            description="Controls these prompts alone: for prompts that want different controls, and for tiled samplers.",
+            description="Controls these prompts alone: where prompts want different controls, and for tiled samplers.",
             inputs=[
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),

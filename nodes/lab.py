@@ -23,7 +23,7 @@ class LoadLabModel(io.ComfyNode):
             node_id="LoadLabModel",
             display_name="Load Lab Model (ZeroConv)",
             category="ZeroConv/lab",
-            description="The small model that comes with the pack: pictures of 128 x 128 pixels of a jointed figure and "
+            description="The small model that comes with the pack: pictures of 128 x 128 pixels, a jointed figure and "
             "simple solids, on any CPU. Its controls are files that Load ControlNet lists.",
             inputs=[],
             outputs=[

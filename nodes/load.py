@@ -27,7 +27,7 @@ class LoadControlNet(io.ComfyNode):
             node_id="LoadControlNet",
             display_name="Load ControlNet (ZeroConv)",
             category="ZeroConv",
-            description="Loads a ControlNet in the ldm or diffusers layout, bare, inside a checkpoint or as a difference.",
+            description="Loads a ControlNet in the ldm or diffusers layout, bare, in a checkpoint or as a difference.",
             inputs=[
                 io.Combo.Input("control_net_name", options=files.names(), tooltip="A file of the controlnet folders."),
                 io.Combo.Input(

@@ -1,4 +1,4 @@
-"""Puts controls on the conds of a prompt: at once, or when sampling starts through a wrapper on a clone of the model."""
+"""Puts controls on conds: at once, or when sampling starts, through a wrapper on a clone of the model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def attach_to_prompt(positive: list[Any], negative: list[Any], controls: Sequenc
 
 
 def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
-    """A clone of the host's MODEL that puts `controls` on the conds of every sampling; raises for one that does not fit."""
+    """A clone of the host's MODEL that puts `controls` on the conds of every sampling; one that does not fit raises."""
     clone = model.clone()
     if not controls:
         return clone

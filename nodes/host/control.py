@@ -79,7 +79,7 @@ class Control(comfy.controlnet.ControlBase):
         return Strength(self.strength, window, self.options.guidance, self.options.mask)
 
     def check_fits(self, model: Any) -> UNetConfig:
-        """The configuration of the host's `model` (a BaseModel); raises ControlError when the control is not made for it."""
+        """The configuration of the host's `model` (a BaseModel), or ControlError where this does not fit."""
         raise NotImplementedError
 
     # -- what the host calls ---------------------------------------------------------------------------------------
@@ -143,10 +143,10 @@ class Control(comfy.controlnet.ControlBase):
         return _add(previous, lists)
 
     def _in_window(self, t: Tensor, transformer_options: dict[str, Any]) -> bool:
-        sigmas = transformer_options.get("sample_sigmas")
-        return self._strength.window.contains(
-            t[0].item(), None if sigmas is None else sigmas.tolist(), self._percent_to_sigma
-        )
+        window, sigmas = self._strength.window, None
+        if window.unit == "step" and "sample_sigmas" in transformer_options:
+            sigmas = transformer_options["sample_sigmas"].tolist()
+        return window.contains(t[0].item(), sigmas, self._percent_to_sigma)
 
     def _chunks(self, batched_number: int, transformer_options: dict[str, Any]) -> list[int]:
         """The parts of the batch that control acts on."""
@@ -274,7 +274,9 @@ class ForeignControl(Control):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         super().pre_run(model, percent_to_timestep_function)
-        self.inner.set_cond_hint(self.cond_hint_original, 1.0, (0.0, 1.0), vae=self.vae, extra_concat=self.extra_concat_orig)
+        self.inner.set_cond_hint(
+            self.cond_hint_original, 1.0, (0.0, 1.0), vae=self.vae, extra_concat=self.extra_concat_orig
+        )
         self.inner.pre_run(model, percent_to_timestep_function)
 
     def cleanup(self) -> None:

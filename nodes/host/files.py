@@ -11,10 +11,11 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...controlnet_core.loading import LoadedControl, usual_dtype, load_control, read_weights
+from ...controlnet_core.loading import LoadedControl, load_control, read_weights, usual_dtype
 from ...lab.models import CONTROLS
 from .control import OwnControl
 from .models import dtypes, patcher_of
+
 
 def register_lab() -> None:
     """Let the host list the embedded model's controls with the user's own."""

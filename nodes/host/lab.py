@@ -68,7 +68,7 @@ def _text_model(device: Any = "cpu", dtype: Any = None, model_options: Any = Non
 
 
 def load_clip() -> Any:
-    """The text encoder behind the host's SD1 tokenizer, a CLIP; words outside the lab's vocabulary mean nothing to it."""
+    """The text encoder behind the host's SD1 tokenizer, a CLIP; words that the lab does not know mean nothing."""
     target = SimpleNamespace(
         params={"clip_model": _text_model}, clip=comfy.sd1_clip.SD1ClipModel, tokenizer=comfy.sd1_clip.SD1Tokenizer
     )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import torch
@@ -59,19 +60,21 @@ def checkpoint(net: ControlNet) -> State:
 
 def through_diffusers(net: ControlNet) -> State:
     """What diffusers' own ControlNetModel saves, once it has been given these weights."""
-    from diffusers import ControlNetModel
+    from diffusers.models.controlnets.controlnet import ControlNetModel
 
     config = net.config
-    model = ControlNetModel(
-        block_out_channels=[config.model_channels * mult for mult in config.channel_mult],
-        down_block_types=["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depth],
-        transformer_layers_per_block=[max(depth, 1) for depth in config.transformer_depth],
-        cross_attention_dim=config.context_dim,
-        use_linear_projection=config.use_linear,
-        **({} if config.adm_in_channels is None else {"addition_embed_type": "text_time"}),
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=config.adm_in_channels,
-    )
+    settings: dict[str, Any] = {
+        "block_out_channels": [config.model_channels * mult for mult in config.channel_mult],
+        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in config.transformer_depth],
+        "transformer_layers_per_block": [max(depth, 1) for depth in config.transformer_depth],
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.use_linear,
+    }
+    if config.adm_in_channels is not None:
+        settings["addition_embed_type"] = "text_time"
+        settings["addition_time_embed_dim"] = 8
+        settings["projection_class_embeddings_input_dim"] = config.adm_in_channels
+    model = ControlNetModel(**settings)
     model.load_state_dict(to_diffusers(net.state_dict(), config))
     return model.state_dict()
 

@@ -51,7 +51,8 @@ def their_unet(config: UNetConfig) -> nn.Module:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(config.transformer_depth)]
-    return UNet2DConditionModel(**settings(config) | {"up_block_types": up})
+    arguments: dict[str, Any] = settings(config) | {"up_block_types": up}
+    return UNet2DConditionModel(**arguments)
 
 
 def their_control(config: UNetConfig) -> nn.Module:
@@ -66,7 +67,7 @@ def random_weights(build: Any, config: UNetConfig) -> nn.Module:
         network = build(config)
         for name, weight in network.named_parameters():
             if name.startswith("controlnet_cond_embedding.") and weight.ndim == 4:
-                nn.init.kaiming_normal_(weight)  # torch's own choice would lose the hint on its way through eight layers
+                nn.init.kaiming_normal_(weight)  # torch's own choice would lose the hint on its way through the layers
     return randomise_zeros(network).eval()
 
 

@@ -24,7 +24,7 @@ NETWORKS = {
     "segmenter": Segmenter,
     **{control_name(hint): lambda: ControlNet(UNET) for hint in HINTS},
 }
-LARGEST = 40 * 2**20
+LARGEST = 40_000_000
 
 
 def shipped(*names: str) -> list[Path]:

@@ -57,7 +57,7 @@ def recorded(model: nn.Module, losses: list[float], stop_at: int | None = None) 
     def loss_of_step(draw: torch.Generator) -> Tensor:
         if len(losses) == stop_at:
             raise Interrupted
-        x = torch.rand(4, 2, 8, 8, generator=draw)
+        x = torch.rand(4, 2, 8, 8, generator=draw).to(next(model.parameters()).device)
         loss = (model(x + 0.1 * torch.randn_like(x)) - x.mean()).square().mean()
         losses.append(loss.item())
         return loss
@@ -65,17 +65,18 @@ def recorded(model: nn.Module, losses: list[float], stop_at: int | None = None) 
     return loss_of_step
 
 
-def test_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_interrupted_training_goes_on_bit_for_bit(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loop, "SAVE_EVERY", 4)
     whole, first, second = [], [], []
-    model = tiny_model()
+    model = tiny_model().to(place)
     fit(model, recorded(model, whole), tmp_path / "whole.pt", 12, lr=1e-2)
 
-    interrupted = tiny_model()
+    interrupted = tiny_model().to(place)
     with pytest.raises(Interrupted):
         fit(interrupted, recorded(interrupted, first, stop_at=6), tmp_path / "parts.pt", 12, lr=1e-2)
     torch.manual_seed(999)  # whatever happened in between must not matter
-    resumed = tiny_model()
+    resumed = tiny_model().to(place)
     fit(resumed, recorded(resumed, second), tmp_path / "parts.pt", 12, lr=1e-2)
 
     assert len(whole) == 12 and whole[0] != whole[-1]
@@ -163,7 +164,7 @@ def test_every_stage_trains_and_leaves_fp16_weights(
     tmp_path: Path, own_weights: Path, tiny_lab: None
 ):
     assert commands.main(["train", "--work", str(tmp_path / "work"), "--steps", "1"]) == 0
-    controls = {f"controlnet/control_{hint}" for hint in ("canny", "depth", "pose")}
+    controls = {f"controlnet/lab_{hint}" for hint in ("canny", "depth", "pose")}
     files = {path.relative_to(own_weights).with_suffix("").as_posix(): path for path in own_weights.rglob("*.*")}
     assert files.keys() == {"autoencoder", "unet", "text_encoder", "segmenter", *controls}
     for path in files.values():
@@ -173,7 +174,7 @@ def test_every_stage_trains_and_leaves_fp16_weights(
     before = {name: path.stat().st_mtime_ns for name, path in files.items()}
     assert commands.main(["train", "pose", "--work", str(tmp_path / "work"), "--steps", "1"]) == 0
     changed = {name for name, path in files.items() if path.stat().st_mtime_ns != before[name]}
-    assert changed == {"controlnet/control_pose"}
+    assert changed == {"controlnet/lab_pose"}
 
 
 def test_one_training_step_moves_the_zero_convolutions_alone_at_first(
