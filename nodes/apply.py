@@ -190,6 +190,4 @@ class StackControls(io.ComfyNode):
         stack: Any = None,
         mask: Any = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            _entries(control_net, image, strength, start, end, unit, guidance, resize, stack, mask)
-        )
+        return io.NodeOutput(_entries(control_net, image, strength, start, end, unit, guidance, resize, stack, mask))

@@ -344,9 +344,7 @@ def _scatter(part: Tensor, rows: Tensor | None, total: int) -> Tensor:
     return whole
 
 
-def _add(
-    a: dict[str, list[Tensor | None]] | None, b: dict[str, list[Tensor | None]]
-) -> dict[str, list[Tensor | None]]:
+def _add(a: dict[str, list[Tensor | None]] | None, b: dict[str, list[Tensor | None]]) -> dict[str, list[Tensor | None]]:
     """Several controls add; the host's lists are aligned at their first entry."""
     if a is None:
         return b
@@ -358,5 +356,3 @@ def _add(
         y += [None] * (length - len(y))
         out[place] = [q if p is None else p if q is None else p + q for p, q in zip(x, y, strict=True)]
     return out
-
-

@@ -67,7 +67,5 @@ def _base_weights(model: Any) -> dict[str, torch.Tensor]:
     """The UNet's weights of the host's MODEL, patches not applied, keys without prefix."""
     prefix = "diffusion_model."
     return {
-        key.removeprefix(prefix): value
-        for key, value in model.model_state_dict().items()
-        if key.startswith(prefix)
+        key.removeprefix(prefix): value for key, value in model.model_state_dict().items() if key.startswith(prefix)
     }

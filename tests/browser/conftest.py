@@ -1,0 +1,74 @@
+"""A page of the real front end in Chromium, on the host that the whole test run shares."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+    from zeroconv.devtools.comfyui import HostServer
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+READY = """() => window.app?.graph && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 50
+    && app.extensionManager"""
+SECONDS = 180  # a cold front end on two busy cores
+
+
+@dataclass
+class FrontEnd:
+    """The loaded page, and what went wrong in it so far."""
+
+    page: Page
+    errors: list[str] = field(default_factory=list)
+
+    def run(self, script: str, argument: Any = None) -> Any:
+        """What the JavaScript function `script` gives for `argument`."""
+        return self.page.evaluate(script, argument)
+
+
+# Not for the whole session: while Playwright lives, this thread has an event loop, and asyncio.run fails in other tests.
+@pytest.fixture(scope="module")
+def front_end(host_server: HostServer) -> Iterator[FrontEnd]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the PATH")
+    host_server.post("/api/settings", {"Comfy.TutorialCompleted": True})
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page.set_default_timeout(SECONDS * 1000)
+        opened = FrontEnd(page)
+        page.on("pageerror", lambda error: opened.errors.append(f"error in the page: {error}"))
+        page.on("console", lambda message: _hear(opened, message.text))
+        page.on("response", lambda response: _see(opened, response.status, response.url))
+        page.goto(host_server.url)
+        page.wait_for_function(READY)
+        yield opened
+        browser.close()
+
+
+def _hear(opened: FrontEnd, text: str) -> None:
+    if "Error loading extension" in text:
+        opened.errors.append(text)
+
+
+def _see(opened: FrontEnd, status: int, url: str) -> None:
+    # A help page is looked for in the user's language first.
+    if status >= 400 and "/extensions/zeroconv/" in url and "/docs/" not in url:
+        opened.errors.append(f"{status}: {url}")

@@ -1,0 +1,59 @@
+"""The pack in the real front end: it loads without an error, and the workflows mean there what their twins say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from conftest import FrontEnd
+
+    from zeroconv.devtools.comfyui import HostServer
+
+pytestmark = [pytest.mark.browser, pytest.mark.host]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+LOAD = "async (workflow) => { await app.loadGraphData(workflow); }"
+PROMPT = "async () => (await app.graphToPrompt()).output"
+UNKNOWN = """() => app.graph._nodes.filter(node => !(node.type in LiteGraph.registered_node_types) || node.has_errors)
+    .map(node => node.type)"""
+CALM = "() => !document.querySelector('.p-dialog')"  # no dialog about something missing
+
+
+def test_the_page_loads_without_an_error(front_end: FrontEnd):
+    assert front_end.errors == []
+
+
+def test_every_node_is_registered(front_end: FrontEnd, host_server: HostServer):
+    described = host_server.get("/object_info")
+    ours = [name for name, node in described.items() if node["python_module"].endswith("zeroconv")]
+    assert len(ours) >= 8
+    assert front_end.run("(names) => names.filter(name => !(name in LiteGraph.registered_node_types))", ours) == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_loads_and_becomes_its_twin(path: Path, front_end: FrontEnd):
+    front_end.run(LOAD, json.loads(path.read_text(encoding="utf-8")))
+    assert front_end.run(UNKNOWN) == []
+    assert front_end.run(CALM)
+    twin = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    assert front_end.run(PROMPT) == twin
+    assert front_end.errors == []
+
+
+def test_the_first_workflow_can_be_seen(front_end: FrontEnd, tmp_path: Path):
+    workflow = json.loads((ROOT / "workflows" / "depth_pose.json").read_text(encoding="utf-8"))
+    front_end.run(LOAD, workflow)
+    front_end.page.wait_for_timeout(1000)  # a few frames
+    front_end.page.screenshot(path=tmp_path / "depth_pose.png")
+    pixels = np.asarray(Image.open(tmp_path / "depth_pose.png").convert("RGB"), dtype=np.float32)
+    assert pixels.shape == (900, 1600, 3)
+    on_canvas = pixels[150:850, 100:1500]
+    assert on_canvas.std() > 5  # groups, nodes and links, not one dark plane

@@ -1,0 +1,137 @@
+"""The nodes that make hints, scenes and reports, called as the host calls them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from graphs import picture
+
+if TYPE_CHECKING:
+    from hosting import Host
+
+from zeroconv.annotators.canny import canny
+
+CONTRACT = {
+    "LoadControlNet": (["control_net_name", "weight_dtype", "control_type", "model"], ["control_net"]),
+    "Annotate": (
+        ["image", "annotator", "resolution", "canny_low", "canny_high", "mask", "pose_keypoints"],
+        ["hint", "pose_keypoints"],
+    ),
+    "InspectControl": (["control_net", "model"], ["report"]),
+    "LoadLabModel": ([], ["model", "clip", "vae"]),
+    "LabScene": (
+        ["seed", "size", "figure", "solids"],
+        ["image", "depth", "pose", "canny", "pose_keypoints", "prompt"],
+    ),
+}
+
+
+@pytest.mark.parametrize("node", CONTRACT)
+def test_sockets_are_those_that_workflows_rely_on(host: Host, node: str):
+    kind = host.ours[node]
+    declared = kind.INPUT_TYPES()
+    names = [*declared.get("required", {}), *declared.get("optional", {})]
+    assert (names, [output.display_name for output in kind.GET_SCHEMA().outputs]) == CONTRACT[node]
+
+
+def test_annotate_is_the_annotator_on_every_picture_of_a_batch(host: Host):
+    images = picture(3, batch=2)
+    before = images.clone()
+    hint, keypoints = host.call("Annotate", image=images, annotator="canny", resolution=0, canny_low=20, canny_high=60)
+    assert torch.equal(images, before)
+    assert hint.shape == (2, 128, 128, 3)
+    assert 0 < hint.mean() < 1
+    for i in range(2):
+        assert torch.equal(hint[i], torch.from_numpy(canny(images[i].numpy(), 20, 60)))
+    assert keypoints == []
+
+
+def test_resolution_is_the_hints_short_side(host: Host):
+    hint, _ = host.call("Annotate", image=picture(3, height=128, width=192), annotator="canny", resolution=256)
+    assert hint.shape == (1, 256, 384, 3)
+
+
+def test_mask_blackens_the_hint_outside(host: Host):
+    mask = torch.cat([torch.ones(1, 128, 64), torch.zeros(1, 128, 64)], dim=2)
+    values = {"image": picture(3), "annotator": "canny", "resolution": 0, "canny_low": 20, "canny_high": 60}
+    whole, _ = host.call("Annotate", **values)
+    hint, _ = host.call("Annotate", **values, mask=mask)
+    assert torch.equal(hint[:, :, :60], whole[:, :, :60])
+    assert whole[:, :, 68:].any()
+    assert not hint[:, :, 68:].any()
+
+
+def test_a_lab_scene_comes_with_its_hints_and_its_prompt(host: Host):
+    image, depth, pose, canny_edges, keypoints, prompt = host.call("LabScene", seed=5, size=96, solids=1)
+    for tensor in (image, depth, pose, canny_edges):
+        assert tensor.shape == (1, 96, 96, 3)
+        assert tensor.min() >= 0
+        assert 0.5 < tensor.max() <= 1
+    (frame,) = keypoints
+    assert (frame["canvas_width"], frame["canvas_height"]) == (96, 96)
+    joints = torch.tensor(frame["people"][0]["pose_keypoints_2d"]).reshape(18, 3)
+    assert joints[:, 2].eq(1).all()
+    assert joints[:, :2].min() >= 0
+    assert joints[:, :2].max() <= 96
+    assert "person" in prompt
+
+
+def test_a_lab_scene_without_figure_has_nobody(host: Host):
+    *_, keypoints, prompt = host.call("LabScene", seed=5, figure=False)
+    assert keypoints[0]["people"] == []
+    assert "person" not in prompt
+
+
+def test_inspect_says_what_a_control_is_and_what_it_fits(host: Host):
+    control = host.load("sd15_depth")
+    (text,) = host.call("InspectControl", control_net=control, model=host.model("sd15"))
+    assert "family: SD1.x" in text
+    assert "residuals: 12+1" in text
+    assert "fits: yes" in text
+    (text,) = host.call("InspectControl", control_net=control, model=host.model("sdxl"))
+    assert "fits: no" in text
+    assert "SDXL" in text
+
+
+def test_inspect_knows_a_control_of_another_loader(host: Host):
+    (text,) = host.call("InspectControl", control_net=host.load("sd15_depth", native=True))
+    assert "ControlNet of another loader" in text
+
+
+def difference_file(host: Host, name: str) -> dict[str, torch.Tensor]:
+    """Write what the depth control adds to the tiny model's encoder; gives the control's own tensors."""
+    state = host.state("sd15_depth")
+    base = host.model("sd15").model.diffusion_model.state_dict()
+    differences = {
+        f"control_model.{key}": tensor - base[key] if key in base else tensor for key, tensor in state.items()
+    }
+    host.write(name, {**differences, "difference": torch.zeros(1)})
+    return state
+
+
+def test_a_difference_file_takes_its_base_from_the_model(host: Host):
+    state = difference_file(host, "sd15_difference")
+    (control,) = host.call("LoadControlNet", control_net_name="sd15_difference.safetensors", model=host.model("sd15"))
+    for key, tensor in control.loaded.control.state_dict().items():
+        torch.testing.assert_close(tensor, state[key], rtol=0, atol=1e-6)
+
+
+def test_a_difference_file_without_a_model_says_what_to_connect(host: Host):
+    difference_file(host, "sd15_difference")
+    with pytest.raises(Exception, match="connect the model"):
+        host.call("LoadControlNet", control_net_name="sd15_difference.safetensors")
+
+
+def test_fp8_weights_are_kept_in_fp8_and_give_nearly_the_same(host: Host):
+    control = host.load("sd15_depth", weight_dtype="fp8_e4m3fn")
+    assert {p.dtype for p in control.loaded.control.parameters()} == {torch.float8_e4m3fn}
+    latents = []
+    for net in (control, host.load("sd15_depth")):
+        (model,) = host.call("ApplyControl", model=host.model("sd15"), control_net=net, image=picture(1))
+        latents.append(host.sample(replace(host.scene(), model=model)).latent)
+    assert latents[0].isfinite().all()
+    off = (latents[0] - latents[1]).norm() / latents[1].norm()
+    assert 0 < off < 0.5

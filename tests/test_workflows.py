@@ -1,0 +1,249 @@
+"""The shipped workflows: what a user opens, their API twins, their pictures, and what a real host makes of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import urllib.request
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zeroconv.lab.dataset import HELD_OUT
+from zeroconv.lab.models import CONTROLS, WEIGHTS
+
+if TYPE_CHECKING:
+    from zeroconv.devtools.comfyui import HostServer, Run
+
+WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
+LAB = ("canny", "compare", "depth_pose")  # run on a fresh install, with nothing downloaded
+NAMES = (*LAB, "sd15_depth_pose")
+NOTES = {"MarkdownNote"}  # live in the front end alone
+GAP = 80  # pixels; nodes of the newer front end are larger than the canvas draws them
+TITLE = 30  # height of a node's title, which lies above its position
+USERS_FILES = {"ckpt_name", "image", "control_net_name"}  # choices that depend on what lies in a user's folders
+
+
+def read(name: str) -> dict[str, Any]:
+    """A workflow as the front end reads it."""
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read_api(name: str) -> dict[str, dict[str, Any]]:
+    """Its twin: nodes by id, as the server reads them."""
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def of_class(graph: dict[str, dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The nodes of an API graph of this class, in the order of their ids."""
+    return [graph[i] for i in sorted(graph, key=int) if graph[i]["class_type"] == kind]
+
+
+def box(node: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a node with its title."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + height
+
+
+def test_every_workflow_has_its_twin_and_its_picture():
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == sorted(NAMES)
+    assert sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json")) == sorted(NAMES)
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnails_are_small_square_jpegs(name: str):
+    path = WORKFLOWS / f"{name}.jpg"
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG"
+        assert picture.size == (512, 512)
+    assert path.stat().st_size < 60_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_twin_is_the_same_graph(name: str):
+    workflow, api = read(name), read_api(name)
+    nodes = {str(node["id"]): node for node in workflow["nodes"] if node["type"] not in NOTES}
+    assert {i: node["type"] for i, node in nodes.items()} == {i: node["class_type"] for i, node in api.items()}
+    titles = {i: node["title"] for i, node in nodes.items() if "title" in node}
+    assert titles == {i: api[i]["_meta"]["title"] for i in titles}
+
+    drawn = {
+        (str(target), nodes[str(target)]["inputs"][slot]["name"]): [str(source), output]
+        for _, source, output, target, slot, _ in workflow["links"]
+    }
+    linked = {
+        (i, key): value for i, node in api.items() for key, value in node["inputs"].items() if isinstance(value, list)
+    }
+    assert drawn == linked
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_keep_their_distance(name: str):
+    close = [
+        (a["id"], b["id"])
+        for a, b in combinations(read(name)["nodes"], 2)
+        if max(box(b)[0] - box(a)[2], box(a)[0] - box(b)[2], box(b)[1] - box(a)[3], box(a)[1] - box(b)[3]) < GAP
+    ]
+    assert close == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_lies_in_one_titled_group_and_a_note_explains(name: str):
+    workflow = read(name)
+    groups = {group["title"]: group["bounding"] for group in workflow["groups"]}
+    assert len(groups) == len(workflow["groups"]) >= 4
+    assert all(re.match(r"\d[a-d]?\. [A-Z]", title) for title in groups)
+    for node in workflow["nodes"]:
+        left, top, right, bottom = box(node)
+        around = [
+            title
+            for title, (x, y, width, height) in groups.items()
+            if x <= left and y <= top and right <= x + width and bottom <= y + height
+        ]
+        assert len(around) == (0 if node["type"] in NOTES else 1), (node["id"], node["type"], around)
+    (note,) = [node for node in workflow["nodes"] if node["type"] in NOTES]
+    assert note["title"]
+    assert len(note["widgets_values"][0].split(". ")) >= 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_run_from_left_to_right(name: str):
+    workflow = read(name)
+    at = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, _, target, _, _ in workflow["links"]:
+        if at[source]["type"] != at[target]["type"]:  # the stack's entries stand one below the other
+            assert at[source]["pos"][0] < at[target]["pos"][0], number
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.rglob("*.json")), ids=lambda path: path.name)
+def test_nothing_of_the_machine_it_was_made_on(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|[A-Z]:\\\\|/(home|root|Users|tmp|work)/", text)
+    assert text.isascii()
+
+
+@pytest.mark.parametrize("name", LAB)
+def test_lab_workflows_start_from_a_scene_that_was_not_trained_on(name: str):
+    graph = read_api(name)
+    (scene,) = of_class(graph, "LabScene")
+    assert scene["inputs"]["seed"] >= HELD_OUT
+    assert not any(isinstance(value, list) for value in scene["inputs"].values())
+    (prompt,) = [node for node in of_class(graph, "CLIPTextEncode") if node["inputs"]["text"] != ""]
+    assert graph[prompt["inputs"]["text"][0]] is scene
+    assert not of_class(graph, "CheckpointLoaderSimple")
+    assert not of_class(graph, "LoadImage")
+    for loader in of_class(graph, "LoadControlNet"):
+        assert re.fullmatch(r"lab_(depth|pose|canny)\.safetensors", loader["inputs"]["control_net_name"])
+
+
+@pytest.mark.parametrize("name", ["depth_pose", "sd15_depth_pose"])
+def test_two_hints_meet_in_one_stack_and_one_apply(name: str):
+    graph = read_api(name)
+    (apply,) = of_class(graph, "ApplyControl")
+    last = graph[apply["inputs"]["stack"][0]]
+    first = graph[last["inputs"]["stack"][0]]
+    assert last["class_type"] == first["class_type"] == "StackControls"
+    assert "stack" not in first["inputs"]
+    assert "control_net" not in apply["inputs"]
+    loaders = [graph[entry["inputs"]["control_net"][0]]["inputs"]["control_net_name"] for entry in (first, last)]
+    assert "depth" in loaders[0] and "pose" in loaders[1]
+
+
+def test_compare_differs_in_its_controls_alone():
+    graph = read_api("compare")
+    saved = [node["_meta"]["title"] for node in of_class(graph, "SaveImage")]
+    assert saved == ["depth hint", "pose hint", "without control", "with depth", "with pose", "with both"]
+    samplers = of_class(graph, "KSampler")
+    assert len(samplers) == 4
+    models = [sampler["inputs"].pop("model") for sampler in samplers]
+    assert all(sampler["inputs"] == samplers[0]["inputs"] for sampler in samplers)
+
+    def controls(model: list[Any]) -> list[str]:
+        node = graph[model[0]]
+        if node["class_type"] == "LoadLabModel":
+            return []
+        loader = graph[node["inputs"]["control_net"][0]]
+        return [*controls(node["inputs"]["model"]), loader["inputs"]["control_net_name"]]
+
+    depth, pose = "lab_depth.safetensors", "lab_pose.safetensors"
+    assert [controls(model) for model in models] == [[], [depth], [pose], [depth, pose]]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_knows_every_node_input_and_choice(name: str, host_server: HostServer):
+    known, graph = host_server.get("/object_info"), read_api(name)
+    for i, node in graph.items():
+        where = f"{i} {node['class_type']}"
+        described = known[node["class_type"]]["input"]
+        required = set(described.get("required", {}))
+        assert required <= set(node["inputs"]) <= required | set(described.get("optional", {})), where
+        for key, value in node["inputs"].items():
+            kind, *options = {**described.get("required", {}), **described.get("optional", {})}[key]
+            limits = options[0] if options else {}
+            if isinstance(value, list):
+                assert known[graph[value[0]]["class_type"]]["output"][value[1]] == kind, f"{where}: {key}"
+                continue
+            choices = kind if isinstance(kind, list) else limits.get("options") if kind == "COMBO" else None
+            if choices is None:
+                assert limits.get("min", value) <= value <= limits.get("max", value), f"{where}: {key}"
+            elif key not in USERS_FILES or (CONTROLS / str(value)).is_file():
+                assert value in choices, f"{where}: {key}"
+
+
+@pytest.mark.host
+def test_the_template_browser_shows_them_with_their_pictures(host_server: HostServer):
+    assert sorted(host_server.get("/api/workflow_templates")["zeroconv"]) == sorted(NAMES)
+    for name in NAMES:
+        assert host_server.get(f"/api/workflow_templates/zeroconv/{name}.json") == read(name)
+        url = f"{host_server.url}/api/workflow_templates/zeroconv/{name}.jpg"
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60) as answer:
+            assert answer.headers["Content-Type"] == "image/jpeg"
+            assert answer.read() == (WORKFLOWS / f"{name}.jpg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def ran(host_server: HostServer) -> dict[str, dict[str, np.ndarray]]:
+    """What the lab's workflows saved on a real host: pictures (H,W,3) in 0..1 by the title of their node."""
+    files = [WEIGHTS / f"{part}.safetensors" for part in ("autoencoder", "text_encoder", "unet")]
+    files += [CONTROLS / f"lab_{hint}.safetensors" for hint in ("canny", "depth", "pose")]
+    missing = [str(file.relative_to(WEIGHTS)) for file in files if not file.is_file()]
+    if missing:
+        pytest.skip(f"the embedded model lacks {', '.join(missing)}: `python dev.py lab train` makes them")
+    return {name: _pictures(host_server, read_api(name), host_server.run(read_api(name))) for name in LAB}
+
+
+def _pictures(host_server: HostServer, graph: dict[str, dict[str, Any]], run: Run) -> dict[str, np.ndarray]:
+    pictures = {}
+    for node, (image,) in host_server.images(run).items():
+        opened = Image.open(io.BytesIO(image)).convert("RGB")
+        pictures[graph[node]["_meta"]["title"]] = np.asarray(opened, dtype=np.float32) / 255
+    return pictures
+
+
+@pytest.mark.host
+@pytest.mark.weights
+def test_lab_workflows_paint(ran: dict[str, dict[str, np.ndarray]]):
+    assert set(ran["depth_pose"]) == {"depth hint", "pose hint", "with both"}
+    assert set(ran["canny"]) == {"the picture", "canny hint", "with canny"}
+    compared = ran["compare"]
+    assert set(compared) == {"depth hint", "pose hint", "without control", "with depth", "with pose", "with both"}
+    for pictures in ran.values():
+        for title, picture in pictures.items():
+            assert picture.shape == (128, 128, 3), title
+            assert picture.std() > 0.05, title  # not one flat colour
+    painted = [compared[title] for title in ("without control", "with depth", "with pose", "with both")]
+    for a, b in combinations(painted, 2):
+        assert np.abs(a - b).mean() > 0.01
+
+
+@pytest.mark.host
+@pytest.mark.weights
+def test_a_stack_paints_what_two_applies_paint(ran: dict[str, dict[str, np.ndarray]]):
+    np.testing.assert_allclose(ran["depth_pose"]["with both"], ran["compare"]["with both"], atol=2 / 255)
