@@ -67,6 +67,10 @@ class Control(comfy.controlnet.ControlBase):
         c.options = options
         return c
 
+    def copy(self) -> Control:
+        """Another control of the same network with the same settings."""
+        raise NotImplementedError
+
     def copy_to(self, c: Any) -> None:
         """The host's settings and ours; what a run has computed stays behind."""
         super().copy_to(c)
@@ -89,8 +93,7 @@ class Control(comfy.controlnet.ControlBase):
         if self.previous_controlnet is not None:
             self.previous_controlnet.pre_run(model, percent_to_timestep_function)
         self._forget_run()
-        if self.cond_hint_original is None:
-            raise ControlError(f"{self.name} has no hint: apply it with an image")
+        self._hint()  # says at once when there is none
         self._strength = self.strength_now()
         self._model_config = self.check_fits(model)
         self._percent_to_sigma = percent_to_timestep_function
@@ -141,6 +144,12 @@ class Control(comfy.controlnet.ControlBase):
             for place, residuals in self._residuals(batch, transformer_options).items()
         }
         return _add(previous, lists)
+
+    def _hint(self) -> Tensor:
+        """The hint at its own size, (B,C,H,W)."""
+        if self.cond_hint_original is None:
+            raise ControlError(f"{self.name} has no hint: apply it with an image")
+        return self.cond_hint_original
 
     def _in_window(self, t: Tensor, transformer_options: dict[str, Any]) -> bool:
         window, sigmas = self._strength.window, None
@@ -208,7 +217,7 @@ class OwnControl(Control):
         """The guided hint, encoded once per run and size at the hint's own batch."""
         size = (batch.x.shape[2] * 8, batch.x.shape[3] * 8)
         if size not in self._guided:
-            hint = resize(self.cond_hint_original, *size, self.options.resize)
+            hint = resize(self._hint(), *size, self.options.resize)
             hint = hint.to(device=batch.x.device, dtype=self.compute_dtype)
             if hint.shape[1] != self.loaded.control.hint_channels:
                 raise ControlError(
@@ -288,7 +297,7 @@ class ForeignControl(Control):
         if self.options.resize != "crop":
             size = (batch.x.shape[2] * 8, batch.x.shape[3] * 8)
             if self.inner.cond_hint_original.shape[2:] != size:
-                self.inner.cond_hint_original = resize(self.cond_hint_original, *size, self.options.resize)
+                self.inner.cond_hint_original = resize(self._hint(), *size, self.options.resize)
         lists = self.inner.get_control(batch.x, batch.t, batch.cond, batch.chunks, transformer_options)
         shapes = self._model_config.residual_shapes(*batch.x.shape[2:])
         if len(lists["output"]) + len(lists["middle"]) == len(shapes):

@@ -96,7 +96,7 @@ def load_vae() -> Any:
     params = {"ddconfig": ddconfig, "embed_dim": 4}
     placeholder = comfy.ldm.models.autoencoder.AutoencoderKL(**params).state_dict()
     vae = comfy.sd.VAE(sd=placeholder, config={"params": params})
-    vae.first_stage_model = load_weights(Autoencoder(), "autoencoder").to(vae.vae_dtype)
+    vae.first_stage_model = load_weights(Autoencoder(), "autoencoder").to(vae.vae_dtype)  # type: ignore[assignment]
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model,
         load_device=vae.device,

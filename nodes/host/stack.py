@@ -54,7 +54,7 @@ def _what(found: Any) -> str:
 
 def controls(stack: Sequence[Entry], vae: Any = None) -> list[Control]:
     """A control for each entry, with its hint and its strength; those that can never act are left out."""
-    dosed = [_dosed(_control(control_net), image, *numbers, vae) for control_net, image, *numbers in stack]
+    dosed = [_dosed(_control(net), image, strength, start, end, vae) for net, image, strength, start, end in stack]
     return [control for control in dosed if not control.strength_now().off]
 
 
