@@ -41,18 +41,19 @@ def test_every_node_has_its_page_and_every_page_its_node(host_server: HostServer
 def test_pages_list_each_input_with_its_default_and_each_output(host_server: HostServer):
     for node, described in _nodes(host_server).items():
         text = (DOCS / f"{node}.md").read_text(encoding="utf-8")
-        rows = {
-            name: row
-            for row in re.findall(r"^\| `.*$", text, re.MULTILINE)
-            for name in re.findall(r"`(\w+)`", row.split("|")[1])
-        }
         inputs = {**described["input"].get("required", {}), **described["input"].get("optional", {})}
-        assert set(rows) == set(inputs), node
+        rows = [row.split("|")[1:3] for row in re.findall(r"^\| `.*$", text, re.MULTILINE)]
+        # a row may be about two inputs: "`start`, `end` | 0.0, 1.0"
+        defaults = {
+            name: said for names, values in rows for name, said in zip(re.findall(r"`(\w+)`", names), values.split(","))
+        }
+        assert set(defaults) == set(inputs), node
         for name, (_, *options) in inputs.items():
             default = options[0].get("default") if options else None
-            if isinstance(default, bool) or default is None:
-                continue
-            assert f"{default}" in rows[name].split("|")[2], f"{node}: {name} is {default} by default"
+            if isinstance(default, str):
+                assert defaults[name].strip() == default, f"{node}: {name}"
+            elif isinstance(default, (int, float)) and not isinstance(default, bool):
+                assert float(defaults[name].split()[0]) == default, f"{node}: {name}"
         for output in described["output_name"]:
             assert f"`{output}`" in text.partition("## Output")[2], f"{node}: {output}"
 

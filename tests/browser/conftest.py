@@ -41,7 +41,7 @@ class FrontEnd:
         return self.page.evaluate(script, argument)
 
 
-# Not for the whole session: while Playwright lives, this thread has an event loop, and asyncio.run fails in other tests.
+# Not for the whole session: while Playwright lives, this thread has an event loop, and asyncio.run fails in the rest.
 @pytest.fixture(scope="module")
 def front_end(host_server: HostServer) -> Iterator[FrontEnd]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from conftest import FrontEnd
-
     from zeroconv.devtools.comfyui import HostServer
+
+    from .conftest import FrontEnd
 
 pytestmark = [pytest.mark.browser, pytest.mark.host]
 

@@ -23,6 +23,7 @@ LAYOUTS = {
     "SDXL": SDXL,
     "SDXL mid": replace(SDXL, transformer_depth=(0, 0, 1), transformer_depth_middle=1),
     "narrow": TINY,
+    "no attention in the middle": replace(TINY, transformer_depth_middle=0),
     "odd": replace(TINY, num_res_blocks=3, channel_mult=(1, 3), transformer_depth=(0, 2), use_linear=True),
 }
 
@@ -82,6 +83,8 @@ def test_names_to_diffusers_and_back_are_the_same(layout: str, network: type):
     there = to_diffusers(state, LAYOUTS[layout])
     back = from_diffusers(there)
     assert len(there) == len(state)
+    ldm = ("input_", "middle_", "output_", "out.", "zero_", "time_embed.", "label_")
+    assert not [key for key in there if key.startswith(ldm)]
     assert back.keys() == state.keys()
     assert all(back[key] is state[key] for key in state)
 
@@ -192,7 +195,11 @@ def test_flat_projections_of_sd15_become_convolutions(layout: str):
     assert shapes(detect(written).canonicalize(written)) == shapes(weights(SD15))
 
 
-@pytest.mark.parametrize("config", [SD21, SDXL, replace(SD15, model_channels=64, use_linear=True)])
+FLAT = [SD21, SDXL, replace(SD15, model_channels=64, use_linear=True)]
+FLAT.append(replace(SD15, use_linear=True, adm_in_channels=2816))
+
+
+@pytest.mark.parametrize("config", FLAT)
 def test_flat_projections_of_other_families_stay(config: UNetConfig):
     assert shapes(from_ldm(weights(config))) == shapes(weights(config))
     assert shapes(from_diffusers(to_diffusers(weights(config), config))) == shapes(weights(config))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroconv.controlnet_core.controlnet import ControlNet
-from zeroconv.controlnet_core.layers import Downsample, Upsample, timestep_embedding
+from zeroconv.controlnet_core.layers import GEGLU, Downsample, SpatialTransformer, Upsample, timestep_embedding
 from zeroconv.controlnet_core.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
 from .small import FULL, SMALL, TINY, assert_within, inputs, randomise_zeros, relative_change, seeded, tensors
@@ -114,6 +114,21 @@ def test_timestep_embedding_is_cosines_then_sines():
     embedding = timestep_embedding(torch.tensor([0, 500]), 4)
     expected = torch.tensor([[1.0, 1.0, 0.0, 0.0], [-0.883849, 0.283662, -0.467772, -0.958924]])
     torch.testing.assert_close(embedding, expected, rtol=0, atol=1e-5)  # cos and sin of 500 and 500 / 100
+
+
+def test_what_random_weights_would_hardly_show():
+    """Constants whose neighbours differ by less than the parity tests tolerate."""
+    for module in UNet(SMALL["SD2.x"], device="meta").modules():
+        if isinstance(module, SpatialTransformer):
+            assert module.norm.eps == 1e-6
+        elif isinstance(module, nn.Sequential) and isinstance(module[0], nn.GroupNorm):
+            assert module[0].eps == 1e-5
+        elif isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-5
+    gated = GEGLU(1, 1)
+    nn.init.ones_(gated.proj.weight)
+    nn.init.zeros_(gated.proj.bias)
+    assert gated(torch.ones(1, 1)).item() == pytest.approx(0.8413447, abs=1e-6)  # exact GELU; the tanh one gives 0.84119
 
 
 def test_sdxl_asks_for_its_pooled_vector():
