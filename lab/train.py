@@ -93,7 +93,7 @@ class Base(nn.Module):
         self.text = TextEncoder()
 
 
-def train_base(work: Path, steps: int = 8000, batch: int = 32) -> None:
+def train_base(work: Path, steps: int = 4000, batch: int = 32) -> None:
     """Noise prediction; a tenth of the prompts is empty (for guidance), a twentieth the paper's insufficient one."""
     place = device()
     images, tokens = _load(work, "image", "tokens")
@@ -121,7 +121,7 @@ def train_base(work: Path, steps: int = 8000, batch: int = 32) -> None:
     save_weights(model.text, "text_encoder")
 
 
-def train_control(work: Path, hint: str, steps: int = 1500, batch: int = 24) -> None:
+def train_control(work: Path, hint: str, steps: int = 750, batch: int = 24) -> None:
     """A ControlNet for `hint` (canny, depth or pose) on the locked base; half of the prompts are empty (paper, 3.3)."""
     place = device()
     images, tokens, hints = _load(work, "image", "tokens", hint)
@@ -154,7 +154,7 @@ def train_control(work: Path, hint: str, steps: int = 1500, batch: int = 24) -> 
     save_weights(model, control_name(hint))
 
 
-def train_segmenter(work: Path, steps: int = 1500) -> None:
+def train_segmenter(work: Path, steps: int = 500) -> None:
     """The judge of the evaluation: ground, figure or solid for every pixel, from renders and their reconstructions."""
     place = device()
     images, segments = _load(work, "image", "segments")

@@ -57,3 +57,12 @@ def test_the_first_workflow_can_be_seen(front_end: FrontEnd, tmp_path: Path):
     assert pixels.shape == (900, 1600, 3)
     on_canvas = pixels[150:850, 100:1500]
     assert on_canvas.std() > 5  # groups, nodes and links, not one dark plane
+
+
+def test_a_node_shows_its_help_page(front_end: FrontEnd):
+    front_end.run(LOAD, json.loads((ROOT / "workflows" / "depth_pose.json").read_text(encoding="utf-8")))
+    front_end.run("() => app.canvas.selectNode(app.graph._nodes.find(node => node.type === 'ApplyControl'))")
+    front_end.page.get_by_test_id("info-button").click()
+    first_words = (ROOT / "web" / "docs" / "ApplyControl.md").read_text(encoding="utf-8").splitlines()[2].split(",")[0]
+    front_end.page.get_by_text(first_words).wait_for()
+    assert front_end.errors == []
