@@ -215,7 +215,7 @@ Paint = Callable[[str], dict[str, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def paint(host_server: HostServer) -> Paint:
-    """Runs a workflow of the lab, once; gives its pictures (H,W,3) in 0..1 by the title of the node that showed them."""
+    """Runs a workflow of the lab, once; gives its pictures (H,W,3) in 0..1 by the title of the node that shows them."""
 
     @cache
     def run(name: str) -> dict[str, np.ndarray]:

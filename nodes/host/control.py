@@ -6,7 +6,7 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.controlnet
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...controlnet_core import injection
-from ...controlnet_core.configuration import describe_mismatch
+from ...controlnet_core.configuration import ConfigurationError, describe_mismatch, read_unet_config
 from ...controlnet_core.loading import LoadedControl
 from ...controlnet_core.residuals import Residuals
 from ...controlnet_core.strength import Guidance, Strength, Unit, Window
@@ -204,7 +204,7 @@ class OwnControl(Control):
 
     def check_fits(self, model: Any) -> UNetConfig:
         config = unet_config(model, self.name, self.loaded.family)
-        mismatch = describe_mismatch(self.loaded.config, replace(config, in_channels=self.loaded.config.in_channels))
+        mismatch = describe_mismatch(self.loaded.config, config)
         if mismatch:
             raise ControlError(f"{self.name}: {mismatch}")
         return config
@@ -275,8 +275,8 @@ class ForeignControl(Control):
         config = unet_config(model, self.name, None)
         network = getattr(self.inner, "control_model", None)
         if isinstance(network, torch.nn.Module):
-            own = unet_config_of_weights(network)
-            mismatch = own and describe_mismatch(own, replace(config, in_channels=own.in_channels))
+            own = _config_of(network)
+            mismatch = own and describe_mismatch(own, config)
             if mismatch:
                 raise ControlError(f"{self.name}: {mismatch}")
         return config
@@ -323,10 +323,8 @@ class _Batch:
         return _Batch(self.x[rows], self.t[rows], cond, chunks)
 
 
-def unet_config_of_weights(network: torch.nn.Module) -> UNetConfig | None:
+def _config_of(network: torch.nn.Module) -> UNetConfig | None:
     """The configuration of another loader's network, `None` when it is not of the SD UNet's layout."""
-    from ...controlnet_core.configuration import ConfigurationError, read_unet_config
-
     state = network.state_dict()
     if "input_blocks.0.0.weight" not in state or "zero_convs.0.0.weight" not in state:
         return None
