@@ -20,10 +20,22 @@ def _dose(required: bool) -> list[Any]:
     return [
         io.ControlNet.Input("control_net", optional=not required, tooltip="The control; none with a stack alone."),
         io.Image.Input("image", optional=not required, tooltip="The hint, as an annotator makes it."),
-        io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="Multiplies every residual."),
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=10.0,
+            step=0.01,
+            tooltip="Multiplies every residual of this node's control; a stack brings its own.",
+        ),
         io.Float.Input("start", default=0.0, min=0.0, max=10000.0, step=0.001, tooltip="Control acts from here on."),
         io.Float.Input(
-            "end", default=1.0, min=-1.0, max=10000.0, step=0.001, tooltip="And ends here; -1 is the last step."
+            "end",
+            default=1.0,
+            min=-1.0,
+            max=10000.0,
+            step=0.001,
+            tooltip="And ends here; in steps, -1 means to the last one.",
         ),
         io.Combo.Input(
             "unit",
@@ -76,6 +88,10 @@ def _entries(
     if control_net is None:
         if image is not None:
             raise host_stack.StackError("an image is connected and no control_net: connect the control that follows it")
+        if mask is not None:
+            raise host_stack.StackError(
+                "a mask is connected and no control_net: connect it to the Stack Controls whose control it limits"
+            )
         if not entries:
             raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
         return entries

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from graphs import TOLERANCE
+from graphs import TOLERANCE, Scene, assert_same, prompt
+from safetensors.torch import load_file
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -15,7 +17,7 @@ from zeroconv.controlnet_core import injection
 from zeroconv.controlnet_core.controlnet import ControlNet, copy_encoder
 from zeroconv.controlnet_core.unet import UNet
 from zeroconv.lab.autoencoder import LATENT_SCALE, Autoencoder
-from zeroconv.lab.models import UNET, WEIGHTS, load_weights
+from zeroconv.lab.models import CONTROLS, UNET, WEIGHTS, load_weights
 from zeroconv.lab.text_encoder import TextEncoder
 from zeroconv.lab.vocabulary import tokenize
 
@@ -88,3 +90,29 @@ def test_latents_have_unit_variance_in_the_hosts_format(lab: tuple, host: Host):
     latent = lab[0].model.process_latent_in(lab[2].encode(image))
     assert lab[0].model.latent_format.scale_factor == LATENT_SCALE
     assert 0.6 <= latent.std() <= 1.5
+
+
+@pytest.mark.parametrize("hint", ["depth", "pose"])
+def test_the_hosts_own_nodes_take_the_labs_controls_too(lab: tuple, host: Host, hint: str):
+    """Same file, same picture: the lab is an SD of the layout that every loader knows."""
+    path = CONTROLS / f"lab_{hint}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not in lab/weights/controlnet")
+    host.write(path.stem, load_file(path))
+    images = dict(zip(("image", "depth", "pose", "canny"), host.call("LabScene", seed=3), strict=False))
+    scene = Scene(lab[0], prompt(1), prompt(2))
+    inputs = {"image": images[hint], "strength": 0.8}
+    (net,) = host.call("LoadControlNet", control_net_name=path.name)
+    (model,) = host.call("ApplyControl", model=scene.model, control_net=net, **inputs)
+    (native,) = host.call("ControlNetLoader", control_net_name=path.name)
+    positive, negative = host.call(
+        "ControlNetApplyAdvanced",
+        positive=scene.positive,
+        negative=scene.negative,
+        control_net=native,
+        start_percent=0.0,
+        end_percent=1.0,
+        **inputs,
+    )
+    run = host.sample(replace(scene, model=model))
+    assert_same(run, host.sample(Scene(scene.model, positive, negative)), host.sample(scene))

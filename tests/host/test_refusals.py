@@ -85,6 +85,13 @@ def test_a_control_without_its_image_is_an_error(host: Host, node: str):
         host.call(node, control_net=host.load("sd15_depth"), **sockets(host, node))
 
 
+@pytest.mark.parametrize("node", ["ApplyControl", "ApplyControlToPrompt"])
+def test_a_mask_that_limits_nothing_is_an_error(host: Host, node: str):
+    """With a stack alone, every control has its own mask already."""
+    with pytest.raises(Exception, match=r"mask.*Stack Controls"):
+        host.call(node, stack=host.stack("sd15", Control()), mask=torch.ones(1, 8, 8), **sockets(host, node))
+
+
 def sockets(host: Host, node: str) -> dict[str, Any]:
     """What is connected to this node besides control."""
     scene = host.scene()
