@@ -145,15 +145,22 @@ class ControlNet(Encoder):
         return Residuals(tuple(skips), self.middle_block_out(h))
 
 
+class BaseMismatch(ValueError):
+    """A ControlNet cannot begin as a copy of this base."""
+
+
 def copy_encoder(control: ControlNet, unet_weights: Mapping[str, Tensor]) -> None:
     """Give `control` the encoder and middle block of a base UNet's weights (keys without prefix), as training begins.
 
-    Raises KeyError naming the first parameter that the base lacks.
+    Raises BaseMismatch naming the first parameter that the base lacks.
     """
     own = control.state_dict()
     added = ("zero_convs.", "middle_block_out.", "input_hint_block.")
     copied = [key for key in own if not key.startswith(added)]
     missing = [key for key in copied if key not in unet_weights or unet_weights[key].shape != own[key].shape]
     if missing:
-        raise KeyError(f"the base UNet lacks {len(missing)} of {len(copied)} encoder weights, the first {missing[0]}")
+        raise BaseMismatch(
+            f"the base UNet lacks {len(missing)} of {len(copied)} encoder weights in the control's shapes, the first "
+            f"{missing[0]}: make the control from the base's own configuration"
+        )
     control.load_state_dict({key: unet_weights[key] for key in copied}, strict=False)

@@ -46,9 +46,7 @@ def inject(middle: Tensor, skips: Sequence[Tensor], residuals: Residuals | None)
     return middle, joined
 
 
-def as_host_control(
-    residuals: Residuals, shapes: Sequence[tuple[int, ...]]
-) -> dict[str, list[Tensor | None]]:
+def as_host_control(residuals: Residuals, shapes: Sequence[tuple[int, ...]]) -> dict[str, list[Tensor | None]]:
     """The dictionary that ComfyUI's UNet pops from the end of: checked first, since it only logs what does not fit."""
     check(residuals, shapes)
     return {"input": [], "middle": [residuals.middle], "output": list(residuals.skips)}

@@ -45,6 +45,4 @@ class Residuals:
         """Several controls add, with no further weighting (paper, section 3.4)."""
         if len(self) != len(other):
             raise ValueError(f"residuals of different UNets cannot be added: {len(self)} and {len(other)} of them")
-        return Residuals.of(
-            b if a is None else a if b is None else a + b for a, b in zip(self, other, strict=True)
-        )
+        return Residuals.of(b if a is None else a if b is None else a + b for a, b in zip(self, other, strict=True))

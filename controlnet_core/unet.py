@@ -99,17 +99,13 @@ class Encoder(nn.Module):
         width, emb = config.model_channels, config.time_embed_dim
 
         def mlp(dim: int) -> nn.Sequential:
-            return nn.Sequential(
-                operations.Linear(dim, emb, **place), nn.SiLU(), operations.Linear(emb, emb, **place)
-            )
+            return nn.Sequential(operations.Linear(dim, emb, **place), nn.SiLU(), operations.Linear(emb, emb, **place))
 
         self.time_embed = mlp(width)
         if config.adm_in_channels is not None:
             self.label_emb = nn.Sequential(mlp(config.adm_in_channels))
 
-        self.input_blocks = nn.ModuleList(
-            [Block(operations.Conv2d(config.in_channels, width, 3, padding=1, **place))]
-        )
+        self.input_blocks = nn.ModuleList([Block(operations.Conv2d(config.in_channels, width, 3, padding=1, **place))])
         channels = width
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):

@@ -11,6 +11,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ...controlnet_core.formats import OTHER_PARTS
 from ...controlnet_core.loading import LoadedControl, load_control, read_weights, usual_dtype
 from ...lab.models import CONTROLS
 from .control import OwnControl
@@ -39,7 +40,8 @@ def path_of(name: str) -> Path:
 def load(name: str, weight_dtype: torch.dtype | None = None, model: Any = None) -> OwnControl:
     """The control in file `name`; `model` is the host's MODEL, for weights that are differences from a base."""
     state, metadata = _read(path_of(name))
-    stored, compute, operations = dtypes(weight_dtype, usual_dtype(state))
+    own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
+    stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
     loaded: LoadedControl = load_control(
         state,
         metadata,

@@ -160,9 +160,7 @@ def test_training_seeds_are_not_held_out():
     assert train.SCENES <= dataset.HELD_OUT
 
 
-def test_every_stage_trains_and_leaves_fp16_weights(
-    tmp_path: Path, own_weights: Path, tiny_lab: None
-):
+def test_every_stage_trains_and_leaves_fp16_weights(tmp_path: Path, own_weights: Path, tiny_lab: None):
     assert commands.main(["train", "--work", str(tmp_path / "work"), "--steps", "1"]) == 0
     controls = {f"controlnet/lab_{hint}" for hint in ("canny", "depth", "pose")}
     files = {path.relative_to(own_weights).with_suffix("").as_posix(): path for path in own_weights.rglob("*.*")}
