@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from graphs import MOVES, STEPS, WAYS, Control, Run, Scene, assert_same, latent, moved, prompt
+from graphs import CONTEXT, MOVES, STEPS, WAYS, Control, Run, Scene, assert_same, latent, moved, picture, prompt
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -296,3 +296,23 @@ def test_mask_of_ones_changes_nothing_and_of_zeros_everything(host: Host, way: s
     zeros = Control(options={"mask": torch.zeros(1, 128, 128)})
     run = host.sample(host.apply(way, host.scene(), "sd15", zeros))
     assert torch.equal(run.latent, case.without(host).latent)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+@torch.no_grad()
+def test_residuals_are_those_of_the_hosts_own_network(host: Host, family: str):
+    """One by one, before anything is added up; the same file also moves the latent by 5 % in the cases above."""
+    native = host.load(f"{family}_depth", native=True).control_model
+    ours = host.load(f"{family}_depth").loaded.control
+    torch.manual_seed(0)
+    x, t, context = torch.randn(2, 4, 16, 24), torch.tensor([900.0, 100.0]), torch.randn(2, 7, CONTEXT)
+    y = torch.randn(2, ours.config.adm_in_channels) if family == "sdxl" else None
+    hint = picture(1, height=128, width=192).movedim(-1, 1)
+    theirs = native(x=x, hint=hint.expand(2, -1, -1, -1), timesteps=t, context=context, y=y)
+    found = list(ours(x, t, context, ours.encode_hint(hint), y))
+    other = list(ours(x, t, context, ours.encode_hint(1 - hint), y))
+    expected = [*theirs["output"], *theirs["middle"]]
+    assert len(found) == len(expected) == (10 if family == "sdxl" else 13)
+    for residual, reference, changed in zip(found, expected, other, strict=True):
+        assert (changed - reference).norm() >= MOVES * reference.norm()
+        assert (residual - reference).abs().max() <= 1e-4 * reference.abs().max()

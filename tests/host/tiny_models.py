@@ -21,6 +21,9 @@ FAMILIES = ("sd15", "sd21", "sdxl")
 # How far the zero convolutions are from zero: enough that control moves every test's latent by 5 % and more.
 CONTROL_GAIN = 1.0
 
+# What SiLU takes from a signal at every layer of the hint encoder, given back: else the hint is lost on its way.
+HINT_GAIN = 2.0
+
 _FOUR_LEVELS: dict[str, Any] = {
     "channel_mult": [1, 1, 2, 2],
     "num_res_blocks": [2, 2, 2, 2],
@@ -80,7 +83,11 @@ def randomise(module: torch.nn.Module, seed: int, control_gain: float = CONTROL_
     for name, parameter in sorted(module.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            gain = control_gain if name.startswith(("zero_convs", "middle_block_out")) else 1.0
+            gain = 1.0
+            if name.startswith(("zero_convs", "middle_block_out")):
+                gain = control_gain
+            elif name.startswith("input_hint_block"):
+                gain = HINT_GAIN
             noise *= gain / parameter[0].numel() ** 0.5
         elif name.endswith("weight"):
             noise = 1 + 0.1 * noise
