@@ -23,11 +23,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Annotator:
-    """One annotator: `name` as users choose it, `function` as 'module:function' in this package, its parameters."""
+    """One annotator: `name` as users choose it, `function` as 'module:function' in this package, its parameters.
+
+    With `reads_mask` the function takes a `mask` (H,W), 0..1, besides the picture and cannot do without.
+    """
 
     name: str
     function: str
     parameters: tuple[Parameter, ...]
+    reads_mask: bool = False
 
     def load(self) -> Callable[..., np.ndarray]:
         """The function itself: (H,W,3) RGB and the parameters by name in, hint (H,W,3) float32 0..1 out."""
@@ -43,5 +47,20 @@ ANNOTATORS: tuple[Annotator, ...] = (
             Parameter("low", 100.0, 0.0, 255.0, 1.0, "A gradient below this is no edge."),
             Parameter("high", 200.0, 0.0, 255.0, 1.0, "A gradient above this always is an edge."),
         ),
+    ),
+    Annotator(
+        "inpaint",
+        "inpaint:inpaint",
+        (
+            Parameter(
+                "masked_value",
+                -1.0,
+                -1.0,
+                1.0,
+                0.5,
+                "What the hint has where the mask is white: -1 for SD1.5's inpaint ControlNet, 0 for those of SDXL.",
+            ),
+        ),
+        reads_mask=True,
     ),
 )

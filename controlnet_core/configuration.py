@@ -33,16 +33,16 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
 
     Raises ConfigurationError when a key is missing or the layout is irregular.
     """
-    model_channels, in_channels = _shape(state, "input_blocks.0.0.weight", 4)[:2]
+    model_channels, in_channels = shape_of(state, "input_blocks.0.0.weight", 4)[:2]
     levels = _levels(state, model_channels)
     linear = any(key.endswith(".1.proj_in.weight") and tensor.ndim == 2 for key, tensor in state.items())
     contexts = [tensor for key, tensor in state.items() if key.endswith(".attn2.to_k.weight")]
-    pooled = _shape(state, "label_emb.0.0.weight", 2) if "label_emb.0.0.weight" in state else None
+    pooled = shape_of(state, "label_emb.0.0.weight", 2) if "label_emb.0.0.weight" in state else None
     is_sd1 = model_channels == SD1_WIDTH and not linear and pooled is None
     num_heads, head_dim = _heads(metadata or {}, default=(SD1_HEADS, HEAD_DIM) if is_sd1 else (0, HEAD_DIM))
     return UNetConfig(
         in_channels=in_channels,
-        out_channels=_shape(state, "out.2.weight", 4)[0] if "out.2.weight" in state else 4,
+        out_channels=shape_of(state, "out.2.weight", 4)[0] if "out.2.weight" in state else 4,
         model_channels=model_channels,
         channel_mult=tuple(level[0].channels // model_channels for level in levels),
         num_res_blocks=len(levels[0]),
@@ -54,6 +54,20 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         use_linear=linear,
         adm_in_channels=pooled[1] if pooled else None,
     )
+
+
+def check_heads(config: UNetConfig) -> None:
+    """Raise ConfigurationError unless each attention's width can be cut into heads."""
+    depths = (*config.transformer_depth, config.transformer_depth_middle)
+    for depth, mult in zip(depths, (*config.channel_mult, config.channel_mult[-1]), strict=True):
+        channels = config.model_channels * mult
+        heads = config.heads(channels)
+        if depth > 0 and (heads == 0 or channels % heads):
+            cut = f"{heads} heads" if config.num_heads else f"heads of {config.head_dim} channels"
+            raise ConfigurationError(
+                f"an attention of {channels} channels cannot be cut into {cut}: write num_heads or head_dim into the "
+                "safetensors metadata of the file"
+            )
 
 
 def family(config: UNetConfig) -> str:
@@ -109,7 +123,7 @@ def _levels(state: State, model_channels: int) -> list[list[_ResBlock]]:
         if f"{name}.0.op.weight" in state:
             levels.append([])
         elif convolution in state:
-            channels = _shape(state, convolution, 4)[0]
+            channels = shape_of(state, convolution, 4)[0]
             if channels == 0 or channels % model_channels:
                 raise ConfigurationError(
                     f"{convolution} has {channels} output channels: expected a multiple of {model_channels}, the width "
@@ -137,11 +151,14 @@ def _levels(state: State, model_channels: int) -> list[list[_ResBlock]]:
 
 
 def _middle_depth(state: State) -> int:
-    """Transformer blocks between the two ResBlocks of the middle block."""
-    last = numbered(state, "middle_block.") - 1
-    if last < 1:
+    """Transformer blocks between the two ResBlocks of the middle block, -1 where it is a single ResBlock."""
+    parts = numbered(state, "middle_block.")
+    if parts == 1:
+        return -1
+    if parts != 3 or "middle_block.1.proj_in.weight" not in state:
         raise ConfigurationError(
-            f"middle_block has {last + 1} part(s): expected a ResBlock, a transformer or none, and another ResBlock"
+            f"middle_block has {parts} parts{' and no middle_block.1.proj_in.weight' if parts == 3 else ''}: expected "
+            "a ResBlock, a transformer and another ResBlock, or one ResBlock alone"
         )
     return numbered(state, "middle_block.1.transformer_blocks.")
 
@@ -159,7 +176,8 @@ def _heads(metadata: Mapping[str, str], default: tuple[int, int]) -> tuple[int, 
     return default
 
 
-def _shape(state: State, key: str, ndim: int) -> tuple[int, ...]:
+def shape_of(state: State, key: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells a network's size; raises ConfigurationError unless it has `ndim` dimensions."""
     if key not in state:
         raise ConfigurationError(f"{key} is missing, of which the network's size is read")
     shape = tuple(state[key].shape)

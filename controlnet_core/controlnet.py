@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .configuration import check_heads, describe_mismatch, family, read_unet_config
+from .keys import State
 from .residuals import Residuals
 from .unet import Encoder, UNetConfig
 
@@ -92,6 +94,8 @@ class ControlNet(Encoder):
     are 0; `copy_encoder` gives it a base model's weights.
     """
 
+    kind = "ControlNet"
+
     def __init__(
         self,
         config: UNetConfig,
@@ -113,6 +117,15 @@ class ControlNet(Encoder):
         deepest = config.skip_channels[-1]
         self.middle_block_out = nn.Sequential(zero_convolution(deepest, deepest, operations=operations, **place))
 
+    @property
+    def family(self) -> str:
+        """SD1.x, SD2.x or SDXL."""
+        return family(self.config)
+
+    def mismatch(self, model: UNetConfig) -> str | None:
+        """Why this does not fit the model, in one sentence; `None` when it fits."""
+        return describe_mismatch(self.config, model)
+
     def encode_hint(self, hint: Tensor) -> Tensor:
         """Hint (B, hint_channels, 8H, 8W) in [0,1] -> guided hint (B, model_channels, H, W); once per sampling."""
         height, width = hint.shape[2:]
@@ -127,7 +140,9 @@ class ControlNet(Encoder):
         self, x: Tensor, timesteps: Tensor, context: Tensor, guided_hint: Tensor, y: Tensor | None = None
     ) -> Residuals:
         """Noisy latent (B,4,H,W), timestep (B,), context (B,T,C) and guided hint (B or 1,C,H,W) -> residuals."""
-        emb = self.embed(x, timesteps, y)
+        return self._residuals(x, self.embed(x, timesteps, y), context, guided_hint)
+
+    def _residuals(self, x: Tensor, emb: Tensor, context: Tensor, guided_hint: Tensor) -> Residuals:
         h = x
         skips = []
         for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
@@ -143,6 +158,22 @@ class ControlNet(Encoder):
             skips.append(zero(h))
         h = self.middle_block(h, emb, context)
         return Residuals(tuple(skips), self.middle_block_out(h))
+
+
+def build(
+    weights: State, metadata: Mapping[str, str] | None = None, *, operations: Any = nn, **place: Any
+) -> ControlNet:
+    """The ControlNet, not yet filled, whose ldm weights these are; its sizes are read from their shapes."""
+    config = read_unet_config(weights, metadata)
+    check_heads(config)
+    return ControlNet(config, *read_hint_encoder(weights), operations=operations, **place)
+
+
+def read_hint_encoder(weights: State) -> tuple[int, str]:
+    """Channels of the hint, and the name in `HINT_ENCODERS` of what reads it: 4x4 kernels are the paper's."""
+    first = weights.get("input_hint_block.0.weight")
+    _, hint_channels, *kernel = first.shape if first is not None and first.ndim == 4 else (16, 3, 3, 3)
+    return hint_channels, "paper" if kernel == [4, 4] else "released"
 
 
 class BaseMismatch(ValueError):

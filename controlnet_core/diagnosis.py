@@ -16,13 +16,9 @@ class Kind:
 
 
 HOSTS_OWN = "load it with ComfyUI's own Load ControlNet Model and Apply ControlNet nodes"
-NOT_YET = "this pack does not load these yet: " + HOSTS_OWN
 OWN_NODES = "it works only with the custom nodes that were made for it"
 
 CONTROL_KINDS = (
-    Kind(has("lora_controlnet"), f"a Control-LoRA, the low-rank part of a ControlNet: {NOT_YET}"),
-    Kind(has("task_embedding") | some(contains="control_add_embedding."), f"a ControlNet Union: {NOT_YET}"),
-    Kind(some(contains="lllite"), f"a ControlLLLite: this pack does not load these yet, {OWN_NODES}"),
     Kind(
         some(contains="motion_modules.") & (some(starts="controlnet_") | some(starts="input_hint_block.")),
         f"a SparseCtrl, a control for AnimateDiff: {OWN_NODES}",
@@ -48,10 +44,6 @@ OTHER_KINDS = (
         f"a Flux ControlNet: {HOSTS_OWN}",
     ),
     Kind(TRANSFORMER, f"a ControlNet of a diffusion transformer (Flux, SD3, Qwen): {HOSTS_OWN}"),
-    Kind(
-        some(contains="body.0.resnets.0.block1.") | some(contains="body.0.in_conv.") | some(contains="body.0.block1."),
-        f"a T2I-Adapter: {NOT_YET}",
-    ),
     Kind(some(starts="style_embedding"), "a style T2I-Adapter: put it into style_models, for Load Style Model"),
     Kind(some(starts="ip_adapter.") | some(starts="image_proj."), f"an IP-Adapter: {OWN_NODES}"),
     Kind(

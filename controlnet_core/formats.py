@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from . import control_lora, controlnet, lllite, t2i_adapter, union
 from .diagnosis import OTHER_CONTROLS, diagnose
 from .keys import Condition, State, has, numbered, some
 from .unet import UNetConfig
@@ -24,24 +26,43 @@ class UnknownFormat(ValueError):
     """No format claims these weights; the message says what they are and where they belong."""
 
 
+class Network(Protocol):
+    """What the network of every kind of control can tell of itself, beside being a torch module."""
+
+    kind: str
+    hint_channels: int
+
+    @property
+    def family(self) -> str:
+        """The models it is made for."""
+        ...
+
+    def mismatch(self, model: UNetConfig) -> str | None:
+        """Why it does not fit a model, in one sentence; `None` when it fits."""
+        ...
+
+
 @dataclass(frozen=True)
 class Format:
-    """A layout: its name, the question to the keys that tells it, and the function that gives ldm keys.
+    """A layout: its name, the question to the keys that tells it, and how it becomes a network.
 
-    `canonicalize` leaves its argument as it is. With `needs_base`, its result holds differences from a base UNet.
+    `canonicalize` gives the keys of the network, its argument stays as it is. With `needs_base`, its result holds
+    differences from a base UNet. `build` makes the network, not yet filled, from the shapes of those weights.
     """
 
     name: str
     matches: Condition
     canonicalize: Callable[[State], Weights]
+    build: Callable[..., Any]
     needs_base: bool = False
 
 
 def detect(state: State) -> Format:
     """The format of these weights; raises UnknownFormat, which says what they are instead."""
-    for candidate in FORMATS:
-        if candidate.matches(state):
-            return candidate
+    if not OTHER_CONTROLS(state):
+        for candidate in FORMATS:
+            if candidate.matches(state):
+                return candidate
     raise UnknownFormat(diagnose(state))
 
 
@@ -97,9 +118,12 @@ RESNET = {
 }
 """The parts of a ResBlock: diffusers' name -> ldm's. Transformers have the same names in both."""
 
+FUSION = "transformer_layes."
+"""The transformer of ControlNet Union, which its authors spell so; ours differs in one name."""
+
 
 def from_diffusers(state: State) -> Weights:
-    """The ldm weights of a diffusers ControlNetModel or UNet2DConditionModel.
+    """The ldm weights of a diffusers ControlNetModel, ControlNetUnionModel or UNet2DConditionModel.
 
     Keys that diffusers' own models do not have stay as they are, to be named when the weights are loaded.
     """
@@ -107,8 +131,8 @@ def from_diffusers(state: State) -> Weights:
     names = _names(
         num_res_blocks=numbered(state, "down_blocks.0.resnets."),
         attention=[some(starts=f"down_blocks.{level}.attentions.")(state) for level in range(levels)],
-        middle_attention=some(starts="mid_block.attentions.")(state),
         hint_blocks=numbered(state, "controlnet_cond_embedding.blocks."),
+        fusion_layers=numbered(state, FUSION),
     )
     return convolve_projections(_renamed(state, dict(names)))
 
@@ -118,14 +142,14 @@ def to_diffusers(state: State, config: UNetConfig) -> Weights:
     names = _names(
         num_res_blocks=config.num_res_blocks,
         attention=[depth > 0 for depth in config.transformer_depth],
-        middle_attention=config.transformer_depth_middle > 0,
         hint_blocks=(numbered(state, "input_hint_block.") - 3) // 2,  # layer, activation, layer, ...
+        fusion_layers=numbered(state, FUSION),
     )
     return _renamed(state, {ldm: diffusers for diffusers, ldm in names})
 
 
 def _names(
-    num_res_blocks: int, attention: Sequence[bool], middle_attention: bool, hint_blocks: int
+    num_res_blocks: int, attention: Sequence[bool], hint_blocks: int, fusion_layers: int
 ) -> Iterator[tuple[str, str]]:
     """Every module of a ControlNet and of a UNet: (its name in diffusers, its name in ldm)."""
     stride = num_res_blocks + 1  # input_blocks on a level: the ResBlocks and a downsampling
@@ -145,9 +169,8 @@ def _names(
         yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{stride * (level + 1)}.0.op"
 
     yield from resnet("mid_block.resnets.0", "middle_block.0")
-    if middle_attention:
-        yield "mid_block.attentions.0", "middle_block.1"
-    yield from resnet("mid_block.resnets.1", f"middle_block.{1 + middle_attention}")
+    yield "mid_block.attentions.0", "middle_block.1"
+    yield from resnet("mid_block.resnets.1", "middle_block.2")
 
     for level, attends in enumerate(reversed(attention)):
         for j in range(stride):
@@ -165,6 +188,9 @@ def _names(
     for i in range(stride * len(attention)):
         yield f"controlnet_down_blocks.{i}", f"zero_convs.{i}.0"
     yield "controlnet_mid_block", "middle_block_out.0"
+    for i in range(fusion_layers):
+        for part in ("weight", "bias"):
+            yield f"{FUSION}{i}.attn.in_proj_{part}", f"{FUSION}{i}.attn.in_proj.{part}"
 
 
 def _renamed(state: State, names: Mapping[str, str]) -> Weights:
@@ -181,12 +207,20 @@ def _renamed(state: State, names: Mapping[str, str]) -> Weights:
 
 # -- the list ---------------------------------------------------------------------------------------------------------
 
+DIFFUSERS = some(starts="controlnet_cond_embedding.")
 PREFIXED, BARE = some(starts=CONTROL + "zero_convs."), some(starts="zero_convs.")
+UNION = some(ends="task_embedding") & some(contains="control_add_embedding.")
 
 FORMATS: tuple[Format, ...] = (
-    Format("diffusers", some(starts="controlnet_cond_embedding.") & ~OTHER_CONTROLS, from_diffusers),
-    Format("difference", has("difference") & (PREFIXED | BARE) & ~OTHER_CONTROLS, from_difference, needs_base=True),
-    Format("ldm with prefix", PREFIXED & ~OTHER_CONTROLS, from_ldm),
-    Format("ldm", BARE & ~OTHER_CONTROLS, from_ldm),
+    Format("Control-LoRA", has(control_lora.MARKER), control_lora.from_control_lora, control_lora.build),
+    Format("ControlLLLite", some(starts=lllite.PREFIX), lllite.canonicalize, lllite.build),
+    Format("Union, diffusers", DIFFUSERS & UNION, from_diffusers, union.build),
+    Format("Union, ldm", (PREFIXED | BARE) & UNION, from_ldm, union.build),
+    Format("diffusers", DIFFUSERS, from_diffusers, controlnet.build),
+    Format("difference", has("difference") & (PREFIXED | BARE), from_difference, controlnet.build, needs_base=True),
+    Format("ldm with prefix", PREFIXED, from_ldm, controlnet.build),
+    Format("ldm", BARE, from_ldm, controlnet.build),
+    Format("T2I-Adapter, diffusers", t2i_adapter.DIFFUSERS, t2i_adapter.from_diffusers, t2i_adapter.build),
+    Format("T2I-Adapter", t2i_adapter.TENCENTARC | t2i_adapter.WRAPPED, t2i_adapter.from_tencentarc, t2i_adapter.build),
 )
-"""All layouts that load, in the order in which they are asked."""
+"""All kinds and layouts that load, in the order in which they are asked."""

@@ -1,4 +1,4 @@
-"""A weights file becomes a ControlNet or a UNet: read, tell the format, bring to ldm names, build, load strictly."""
+"""A weights file becomes a control or a UNet: read, tell the format, bring to our names, build, load strictly."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .configuration import ConfigurationError, family, read_unet_config
-from .controlnet import ControlNet
+from .configuration import ConfigurationError, check_heads, read_unet_config
 from .formats import UnknownFormat, Weights, detect, from_diffusers
 from .keys import State, has
-from .unet import UNet, UNetConfig
+from .unet import UNet
 
 NEW = ("zero_convs.", "middle_block_out.", "input_hint_block.")
 """The parts of a ControlNet that its base UNet lacks."""
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class LoadError(ValueError):
@@ -34,16 +31,15 @@ class LoadError(ValueError):
 
 @dataclass(frozen=True)
 class LoadedControl:
-    """A ControlNet and where it came from.
+    """A control and where it came from.
 
-    `format` is the name of a record in `formats.FORMATS`, `family` is SD1.x, SD2.x or SDXL, `dropped` the number of
-    tensors in the file that are no part of the ControlNet (a base model beside it, a marker).
+    `control` is a torch module, the network of its kind (`formats.Network`), `format` the name of a record in
+    `formats.FORMATS`, `dropped` the number of tensors in the file that are no part of the control (a base model beside
+    it, a marker).
     """
 
-    control: ControlNet
+    control: Any
     format: str
-    family: str
-    config: UNetConfig
     dropped: int
     metadata: dict[str, str]
 
@@ -58,7 +54,7 @@ def load_control(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> LoadedControl:
-    """The ControlNet of a file's tensors, in any layout that `formats.FORMATS` knows.
+    """The control in a file's tensors, of any kind and layout that `formats.FORMATS` knows.
 
     `base` is the UNet (ldm keys, no prefix) that difference files add to. `dtype` None is the file's own, `device`
     None where the tensors are; those that need no conversion are shared with `state`, not copied. `name` goes into
@@ -69,19 +65,14 @@ def load_control(
         found = detect(state)
         weights = found.canonicalize(state)
         dropped = len(state) - len(weights)
-        config = read_unet_config(weights, metadata)
+        dtype = dtype or usual_dtype(weights)
+        if found.needs_base:
+            weights = _add_base(weights, base, name)
+        control = found.build(weights, metadata, operations=operations, dtype=dtype, device="meta")
     except (UnknownFormat, ConfigurationError) as error:
         raise LoadError(f"{name}: {error}") from error
-    dtype = dtype or usual_dtype(weights)
-    if found.needs_base:
-        weights = _add_base(weights, base, name)
-    _check_heads(config, name)
-    first = weights.get("input_hint_block.0.weight")
-    _, hint_channels, *kernel = first.shape if first is not None and first.ndim == 4 else (16, 3, 3, 3)
-    encoder = "paper" if kernel == [4, 4] else "released"
-    control = ControlNet(config, hint_channels, encoder, operations=operations, dtype=dtype, device="meta")
     _fill(control, weights, name, dtype, device)
-    return LoadedControl(control, found.name, family(config), config, dropped, metadata)
+    return LoadedControl(control, found.name, dropped, metadata)
 
 
 def load_unet(
@@ -104,10 +95,10 @@ def load_unet(
         weights = from_diffusers(state) if diffusers(state) else dict(state)
     try:
         config = read_unet_config(weights, metadata)
+        check_heads(config)
     except ConfigurationError as error:
         raise LoadError(f"{name}: {error}") from error
     dtype = dtype or usual_dtype(weights)
-    _check_heads(config, name)
     unet = UNet(config, operations=operations, dtype=dtype, device="meta")
     _fill(unet, weights, name, dtype, device)
     return unet
@@ -138,20 +129,6 @@ def _add_base(differences: State, base: State | None, name: str) -> Weights:
         else:
             weights[key] = difference.float() + base[key].to(difference.device, torch.float32)
     return weights
-
-
-def _check_heads(config: UNetConfig, name: str) -> None:
-    """Raise unless each attention's width can be cut into heads."""
-    depths = (*config.transformer_depth, config.transformer_depth_middle)
-    for depth, mult in zip(depths, (*config.channel_mult, config.channel_mult[-1]), strict=True):
-        channels = config.model_channels * mult
-        heads = config.heads(channels)
-        if depth and (heads == 0 or channels % heads):
-            cut = f"{heads} heads" if config.num_heads else f"heads of {config.head_dim} channels"
-            raise LoadError(
-                f"{name}: an attention of {channels} channels cannot be cut into {cut}: write num_heads or head_dim "
-                "into the safetensors metadata of the file"
-            )
 
 
 def _fill(network: nn.Module, weights: State, name: str, dtype: torch.dtype, device: torch.device | str | None) -> None:

@@ -1,16 +1,18 @@
-"""How much of a control acts, and when: the user's strength, the window, the guidance half, the mask."""
+"""How much of a control acts, where and when: strength, window, schedule, block weights, guidance half, mask."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from .block_weights import BlockWeights
 from .residuals import Residuals
+from .schedule import Schedule, step_of
 
 Unit = Literal["percent", "step"]
 Guidance = Literal["both", "cond_only", "cfg_resolution"]
@@ -20,11 +22,6 @@ GUIDANCE: tuple[Guidance, ...] = ("both", "cond_only", "cfg_resolution")
 
 class StrengthError(ValueError):
     """A strength or a window that cannot be meant."""
-
-
-def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """Index k of the interval sigmas[k] >= sigma > sigmas[k + 1] of a falling schedule; 0 above its first sigma."""
-    return max(0, bisect_right([-s for s in sigmas], -sigma) - 1)
 
 
 @dataclass(frozen=True)
@@ -69,45 +66,87 @@ class Window:
 
 @dataclass(frozen=True)
 class Strength:
-    """The weight of each residual.
+    """The weight of each residual, all over a run.
 
-    `value` multiplies all of them. `guidance` is "both" halves of classifier-free guidance, "cond_only", or
-    "cfg_resolution": the conditional half with every residual times 64/h (paper, section 3.4), h being relative to the
-    latent, so that the weights are 1, 2, 4, 8 from the top level down at every picture size. `mask` (B,1,H,W) in 0..1
-    is resized to each residual.
+    `value` multiplies all of them, `schedule` over time and for each picture of a batch, `block_weights` block by
+    block. `guidance` is "both" halves of classifier-free guidance, "cond_only", or "cfg_resolution": the conditional
+    half with every residual times 64/h (paper, section 3.4), h being relative to the latent, so that the weights are
+    1, 2, 4, 8 from the top level down at every picture size. `mask` (B,1,H,W) in 0..1 is resized to each residual.
     """
 
     value: float = 1.0
     window: Window = Window()
     guidance: Guidance = "both"
     mask: Tensor | None = None
+    schedule: Schedule | None = None
+    block_weights: BlockWeights | None = None
 
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
             raise StrengthError(f"guidance is one of {', '.join(GUIDANCE)}, found {self.guidance!r}")
 
-    @property
+    @cached_property
     def off(self) -> bool:
         """Whether nothing of the control can ever act."""
-        return self.value == 0.0 or (self.mask is not None and not bool(self.mask.any()))
+        schedule = self.schedule
+        return (
+            self.value == 0.0
+            or (self.mask is not None and not bool(self.mask.any()))
+            or (schedule is not None and not any(keyframe.value for keyframe in schedule.keyframes))
+            or (schedule is not None and bool(schedule.per_image) and not any(schedule.per_image))
+        )
 
     @property
     def halves(self) -> tuple[bool, bool]:
         """Whether control acts on the conditional and on the unconditional half."""
         return True, self.guidance == "both"
 
-    def weigh(self, residual: Tensor, latent_height: int, mask: Tensor | None = None) -> Tensor:
-        """`residual` (B,C,h,w) times its weight, a fresh tensor; `mask` (B,1,H,W) is the run's, batched like it."""
-        weight = self.value
-        if self.guidance == "cfg_resolution":
-            weight *= latent_height / residual.shape[2]
-        weighed = residual * weight
-        if mask is None:
-            return weighed
-        return weighed * F.interpolate(mask.to(residual), size=residual.shape[2:], mode="area")
+    def now(self, sigma: float, sigmas: Sequence[float] | None, percent_to_sigma: Callable[[float], float]) -> float:
+        """The value at `sigma`: 0 outside the window, else `value` times the schedule's.
 
-    def apply(self, residuals: Residuals, latent_height: int, mask: Tensor | None = None) -> Residuals:
+        `sigmas` is the run's whole schedule of noise (steps need it), `percent_to_sigma` the model's.
+        """
+        if not self.window.contains(sigma, sigmas, percent_to_sigma):
+            return 0.0
+        if self.schedule is None:
+            return self.value
+        return self.value * self.schedule.value(sigma, sigmas, percent_to_sigma, self.window)
+
+    def dose(self, now: float, skips: int, latent_height: int, mask: Tensor | None = None) -> Dose:
+        """What is left to multiply at one moment, when the value is `now`, for a UNet with so many `skips`.
+
+        `mask` (B,1,H,W) is the run's, batched like the residuals.
+        """
+        weights = (1.0,) * (skips + 1) if self.block_weights is None else self.block_weights.weights(skips)
+        resolution = latent_height if self.guidance == "cfg_resolution" else None
+        return Dose(tuple(now * weight for weight in weights), resolution, mask)
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A strength at one moment: a weight for each block (the middle's comes last), and a mask (B,1,H,W).
+
+    With `resolution`, the latent's height, each residual is also multiplied by that over its own height.
+    """
+
+    weights: tuple[float, ...]
+    resolution: int | None = None
+    mask: Tensor | None = None
+
+    def weigh(self, i: int, residual: Tensor) -> Tensor | None:
+        """`residual` (B,C,h,w) of block i times its weight, a fresh tensor; `None` where that is 0."""
+        weight = self.weights[i]
+        if self.resolution is not None:
+            weight *= self.resolution / residual.shape[2]
+        if weight == 0:
+            return None
+        weighed = residual * weight
+        if self.mask is None:
+            return weighed
+        return weighed * F.interpolate(self.mask.to(residual), size=residual.shape[2:], mode="area")
+
+    def apply(self, residuals: Residuals) -> Residuals:
         """All of `residuals` weighed."""
-        return Residuals.of(
-            None if residual is None else self.weigh(residual, latent_height, mask) for residual in residuals
-        )
+        if len(residuals) != len(self.weights):
+            raise StrengthError(f"{len(residuals)} residuals need as many block weights, found {len(self.weights)}")
+        return residuals.mapped(self.weigh)

@@ -17,9 +17,12 @@ from .residuals import Residuals
 class UNetConfig:
     """Hyperparameters of an ldm UNet; the defaults are SD1.5.
 
-    `transformer_depth` has one entry per level (0: no attention there). `num_heads` 0 means as many heads of
-    `head_dim` channels as fit; SD1.x has 8 heads at every width, SD2.x and SDXL 64 channels a head. `adm_in_channels`
-    is the width of the pooled vector of SDXL, `None` elsewhere.
+    `transformer_depth` has one entry per level (0: no attention there). `transformer_depth_middle` counts the blocks of
+    the transformer between the middle block's two ResBlocks; 0 leaves its norm and projections alone, as in SDXL's
+    "small" ControlNets, and -1 means a middle block of one ResBlock, as in SSD-1B (diffusers, UNetMidBlock2DCrossAttn
+    and UNetMidBlock2D). `num_heads` 0 means as many heads of `head_dim` channels as fit; SD1.x has 8 heads at every
+    width, SD2.x and SDXL 64 channels a head. `adm_in_channels` is the width of the pooled vector of SDXL, `None`
+    elsewhere.
     """
 
     in_channels: int = 4
@@ -116,22 +119,21 @@ class Encoder(nn.Module):
             if level + 1 < len(config.channel_mult):
                 self.input_blocks.append(Block(Downsample(channels, operations=operations, **place)))
 
-        self.middle_block = Block(
-            ResBlock(channels, emb, channels, operations=operations, **place),
-            *self._attention(channels, config.transformer_depth_middle, operations, place),
-            ResBlock(channels, emb, channels, operations=operations, **place),
-        )
+        middle: list[nn.Module] = [ResBlock(channels, emb, channels, operations=operations, **place)]
+        if config.transformer_depth_middle >= 0:
+            middle.append(self._transformer(channels, config.transformer_depth_middle, operations, place))
+            middle.append(ResBlock(channels, emb, channels, operations=operations, **place))
+        self.middle_block = Block(*middle)
 
     def _attention(self, channels: int, depth: int, operations: Any, place: dict[str, Any]) -> list[nn.Module]:
-        if depth == 0:
-            return []
+        return [self._transformer(channels, depth, operations, place)] if depth else []
+
+    def _transformer(self, channels: int, depth: int, operations: Any, place: dict[str, Any]) -> nn.Module:
         config = self.config
         heads = config.heads(channels)
-        return [
-            SpatialTransformer(
-                channels, config.context_dim, heads, depth, config.use_linear, operations=operations, **place
-            )
-        ]
+        return SpatialTransformer(
+            channels, config.context_dim, heads, depth, config.use_linear, operations=operations, **place
+        )
 
     def embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> Tensor:
         """Timestep (B,), and SDXL's pooled vector (B, adm_in_channels), to (B, time_embed_dim) in the dtype of x."""
@@ -179,15 +181,15 @@ class UNet(Encoder):
         y: Tensor | None = None,
         residuals: Residuals | None = None,
     ) -> Tensor:
-        """Predict the noise (or v); `residuals` of a ControlNet join the skip connections and the middle block."""
+        """Predict the noise (or v); `residuals` of controls are added where `injection` says."""
         emb = self.embed(x, timesteps, y)
         skips = []
         h = x
-        for block in self.input_blocks:
-            h = block(h, emb, context)
+        for i, block in enumerate(self.input_blocks):
+            h = injection.to_encoder(block(h, emb, context), i, residuals)
             skips.append(h)
         h = self.middle_block(h, emb, context)
-        h, skips = injection.inject(h, skips, residuals)
+        h, skips = injection.to_decoder(h, skips, residuals)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb, context, size=skips[-1].shape[2:] if skips else None)

@@ -97,7 +97,7 @@ class LabModel:
             residuals: Residuals | None = None
             for name, guided_hint in guided_hints.items():
                 control = self.controls[name](x, timesteps, context, guided_hint)
-                control = control.weighted([strength] * len(control))
+                control = control.mapped(lambda _, residual: residual * strength)
                 residuals = control if residuals is None else residuals + control
             predicted = self.unet(x, timesteps, context, residuals=residuals)
             if not guided:

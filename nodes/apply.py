@@ -13,6 +13,8 @@ from .host.control import Options
 from .host.resize import RESIZES
 
 Stack = io.Custom("CONTROL_NET_STACK")
+Schedule = io.Custom("CONTROL_SCHEDULE")
+BlockWeights = io.Custom("CONTROL_BLOCK_WEIGHTS")
 
 
 def _dose(required: bool) -> list[Any]:
@@ -65,6 +67,10 @@ def _extras() -> list[Any]:
     return [
         Stack.Input("stack", optional=True, tooltip="Controls that come before this one."),
         io.Mask.Input("mask", optional=True, tooltip="Where control acts: white fully, black not at all."),
+        Schedule.Input("schedule", optional=True, tooltip="How strength changes over the window."),
+        BlockWeights.Input(
+            "block_weights", optional=True, tooltip="How strongly each block of the UNet is controlled."
+        ),
     ]
 
 
@@ -82,21 +88,24 @@ def _entries(
     resize: str,
     stack: Any,
     mask: Any,
+    schedule: Any,
+    block_weights: Any,
 ) -> list[host_stack.Entry]:
     """The entries that a node's inputs describe, those of the connected stack first."""
     entries = host_stack.read(stack)
     if control_net is None:
         if image is not None:
             raise host_stack.StackError("an image is connected and no control_net: connect the control that follows it")
-        if mask is not None:
-            raise host_stack.StackError(
-                "a mask is connected and no control_net: connect it to the Stack Controls whose control it limits"
-            )
+        for name, dose in {"mask": mask, "schedule": schedule, "block_weights": block_weights}.items():
+            if dose is not None:
+                raise host_stack.StackError(
+                    f"{name} is connected and no control_net: connect it to the Stack Controls whose control it doses"
+                )
         if not entries:
             raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
         return entries
     rows = None if mask is None else mask.reshape(-1, 1, *mask.shape[-2:])
-    options = Options(unit, guidance, resize, rows)  # type: ignore[arg-type]
+    options = Options(unit, guidance, resize, rows, schedule, block_weights)  # type: ignore[arg-type]
     return [*entries, host_stack.entry(control_net, image, strength, start, end, options)]
 
 
@@ -128,9 +137,12 @@ class ApplyControl(io.ComfyNode):
         image: Any = None,
         stack: Any = None,
         mask: Any = None,
+        schedule: Any = None,
+        block_weights: Any = None,
         vae: Any = None,
     ) -> io.NodeOutput:
-        entries = _entries(control_net, image, strength, start, end, unit, guidance, resize, stack, mask)
+        dose = (strength, start, end, unit, guidance, resize)
+        entries = _entries(control_net, image, *dose, stack, mask, schedule, block_weights)
         return io.NodeOutput(host_attach.attach_to_model(model, host_stack.controls(entries, vae)))
 
 
@@ -172,9 +184,12 @@ class ApplyControlToPrompt(io.ComfyNode):
         image: Any = None,
         stack: Any = None,
         mask: Any = None,
+        schedule: Any = None,
+        block_weights: Any = None,
         vae: Any = None,
     ) -> io.NodeOutput:
-        entries = _entries(control_net, image, strength, start, end, unit, guidance, resize, stack, mask)
+        dose = (strength, start, end, unit, guidance, resize)
+        entries = _entries(control_net, image, *dose, stack, mask, schedule, block_weights)
         return io.NodeOutput(*host_attach.attach_to_prompt(positive, negative, host_stack.controls(entries, vae)))
 
 
@@ -205,5 +220,8 @@ class StackControls(io.ComfyNode):
         image: Any = None,
         stack: Any = None,
         mask: Any = None,
+        schedule: Any = None,
+        block_weights: Any = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(_entries(control_net, image, strength, start, end, unit, guidance, resize, stack, mask))
+        dose = (strength, start, end, unit, guidance, resize)
+        return io.NodeOutput(_entries(control_net, image, *dose, stack, mask, schedule, block_weights))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..controlnet_core.union import TYPES
 from .host import files
 
 DTYPES = {
@@ -27,7 +28,8 @@ class LoadControlNet(io.ComfyNode):
             node_id="LoadControlNet",
             display_name="Load ControlNet (ZeroConv)",
             category="ZeroConv",
-            description="Loads a ControlNet in the ldm or diffusers layout, bare, in a checkpoint or as a difference.",
+            description="Loads a control for SD1.x, SD2.x or SDXL: ControlNet, Union, Control-LoRA, T2I-Adapter or "
+            "ControlLLLite, whatever the layout.",
             inputs=[
                 io.Combo.Input("control_net_name", options=files.names(), tooltip="A file of the controlnet folders."),
                 io.Combo.Input(
@@ -38,9 +40,10 @@ class LoadControlNet(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "control_type",
-                    options=["auto"],
+                    options=["auto", "shuffle", *TYPES],
                     default="auto",
-                    tooltip="What the hint is, for files that hold several controls; auto for all others.",
+                    tooltip="What the hint is: one of the types of a ControlNet Union, or shuffle, whose weights look "
+                    "like any other's; auto for all others, and for files whose name ends with shuffle.",
                 ),
                 io.Model.Input(
                     "model", optional=True, tooltip="The base model, for files that hold differences from it."
@@ -59,4 +62,4 @@ class LoadControlNet(io.ComfyNode):
     def execute(
         cls, control_net_name: str, weight_dtype: str = "default", control_type: str = "auto", model: Any = None
     ) -> io.NodeOutput:
-        return io.NodeOutput(files.load(control_net_name, DTYPES[weight_dtype], model))
+        return io.NodeOutput(files.load(control_net_name, DTYPES[weight_dtype], model, control_type))

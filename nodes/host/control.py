@@ -1,4 +1,4 @@
-"""CONTROL_NET objects: what the host's samplers call at every step, for our networks and for those of its own loader.
+"""CONTROL_NET objects: what the host's samplers call at every step, whatever network is behind them.
 
 One object rides on the conds of both guidance halves. The host loads `get_models()` with the model, crops areas,
 batches conds, calls `pre_run` once or twice, `get_control` at every step, and `cleanup` unless something failed.
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.controlnet
-import comfy.model_base
 import comfy.model_management
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ...controlnet_core import injection
-from ...controlnet_core.configuration import ConfigurationError, describe_mismatch, read_unet_config
-from ...controlnet_core.loading import LoadedControl
+from ...controlnet_core.block_weights import BlockWeights
 from ...controlnet_core.residuals import Residuals
-from ...controlnet_core.strength import Guidance, Strength, Unit, Window
+from ...controlnet_core.schedule import Schedule
+from ...controlnet_core.strength import Dose, Guidance, Strength, Unit, Window
 from ...controlnet_core.unet import UNetConfig
-from .models import unet_config
 from .resize import Resize, resize
 
 HALVES = "zeroconv_halves"
 """Key in `transformer_options`: for each number in `cond_or_uncond`, whether that list of conds is a negative one."""
+
+RECORD = "zeroconv_record"
+"""Key in `transformer_options`: the record that RecordControl makes of what each control adds."""
 
 
 class ControlError(ValueError):
@@ -35,16 +35,57 @@ class ControlError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What the host's own apply nodes have no room for; it rides on the control object."""
+    """What the host's own apply nodes have no room for; it rides on the control object. `mask` is (B,1,H,W)."""
 
     unit: Unit = "percent"
     guidance: Guidance = "both"
     resize: Resize = "crop"
     mask: Tensor | None = None
+    schedule: Schedule | None = None
+    block_weights: BlockWeights | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of the UNet gives its controls, cut down to the conds that this control acts on.
+
+    `x` (B,4,H,W), `t` (B,) and `cond` hold `chunks` conds of equal size, one after the other; `rows` are their places
+    in the UNet's whole batch of `total`, `None` when they are all of it. `frames` are the numbers of a cond's samples
+    in the run's batch: all of them, or those of a context window. `now` is the strength at this moment.
+    """
+
+    x: Tensor
+    t: Tensor
+    cond: dict[str, Any]
+    chunks: int
+    rows: Tensor | None
+    total: int
+    frames: Tensor
+    options: dict[str, Any]
+    now: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the latent; less than the run's where a prompt is limited to an area."""
+        return self.x.shape[2], self.x.shape[3]
+
+    def of_frames(self, tensor: Tensor) -> Tensor:
+        """One entry for all, or entry i for frame i of each cond, starting over when there are fewer than frames."""
+        if tensor.shape[0] == 1:
+            return tensor
+        return tensor[(self.frames % tensor.shape[0]).repeat(self.chunks).to(tensor.device)]
+
+    def scattered(self, part: Tensor) -> Tensor:
+        """`part` at this step's rows of the whole batch, zeros elsewhere."""
+        if self.rows is None:
+            return part
+        whole = part.new_zeros((self.total, *part.shape[1:]))
+        whole[self.rows] = part
+        return whole
 
 
 class Control(comfy.controlnet.ControlBase):
-    """A control with a hint and a strength; `_residuals` is where the two kinds differ."""
+    """A control with a hint and a strength; what kind of control it is shows in `_residuals` alone."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -55,6 +96,7 @@ class Control(comfy.controlnet.ControlBase):
 
     def _forget_run(self) -> None:
         self._strength = Strength(0.0)
+        self._off = True
         self._percent_to_sigma: Any = None
         self._model_config: UNetConfig | None = None
         self._masks: dict[tuple[int, int], Tensor] = {}
@@ -79,12 +121,15 @@ class Control(comfy.controlnet.ControlBase):
 
     def strength_now(self) -> Strength:
         """The strength that the settings describe; raises for a window that cannot be meant."""
-        window = Window(*self.timestep_percent_range, unit=self.options.unit)
-        return Strength(self.strength, window, self.options.guidance, self.options.mask)
+        options = self.options
+        window = Window(*self.timestep_percent_range, unit=options.unit)
+        return Strength(self.strength, window, options.guidance, options.mask, options.schedule, options.block_weights)
 
     def check_fits(self, model: Any) -> UNetConfig:
-        """The configuration of the host's `model` (a BaseModel), or ControlError where this does not fit."""
-        raise NotImplementedError
+        """The configuration of the host's `model` (a BaseModel); raises where the control or its dose does not fit."""
+        config = self._config_of(model)
+        self.strength_now().dose(0.0, len(config.skip_channels), 8)
+        return config
 
     # -- what the host calls ---------------------------------------------------------------------------------------
 
@@ -93,9 +138,10 @@ class Control(comfy.controlnet.ControlBase):
         if self.previous_controlnet is not None:
             self.previous_controlnet.pre_run(model, percent_to_timestep_function)
         self._forget_run()
-        self._hint()  # says at once when there is none
+        self._original_hint()  # says at once when there is none
         self._strength = self.strength_now()
         self._model_config = self.check_fits(model)
+        self._off = self._strength.off or not any(self._dose(1.0, (8, 8), None).weights)
         self._percent_to_sigma = percent_to_timestep_function
 
     def cleanup(self) -> None:
@@ -118,248 +164,108 @@ class Control(comfy.controlnet.ControlBase):
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
-    ) -> dict[str, list[Tensor | None]] | None:
+    ) -> injection.HostControl | None:
         """The residuals of this step, those of the controls before it included; `None` when nothing acts."""
         previous = None
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        if self._strength.off or not self._in_window(t, transformer_options):
-            return previous
-        chunks = self._chunks(batched_number, transformer_options)
-        if not chunks:
-            return previous
+        step = self._step(x_noisy, t, cond, batched_number, transformer_options)
+        return previous if step is None else self._act(step, previous)
 
-        per_chunk = x_noisy.shape[0] // batched_number
-        batch = _Batch(x_noisy, t, cond, batched_number)
-        rows = None
-        if len(chunks) < batched_number:
-            rows = torch.cat([torch.arange(c * per_chunk, (c + 1) * per_chunk) for c in chunks]).to(x_noisy.device)
-            batch = batch.only(rows, len(chunks))
-        mask = self._mask(batch)
-        lists = {
-            place: [
-                None if r is None else _scatter(self._strength.weigh(r, x_noisy.shape[2], mask), rows, x_noisy.shape[0])
-                for r in residuals
-            ]
-            for place, residuals in self._residuals(batch, transformer_options).items()
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _step(
+        self, x: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, options: dict[str, Any]
+    ) -> Step | None:
+        """This call of the UNet as far as the control acts in it; `None` when it does not."""
+        sigmas = options["sample_sigmas"].tolist() if "sample_sigmas" in options else None
+        now = self._now(t[0].item(), sigmas)
+        chunks = self._chunks(batched_number, options)
+        if now == 0.0 or not chunks:
+            return None
+        total = x.shape[0]
+        frames = torch.arange(total // batched_number)
+        window = options.get("context_window")
+        if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == len(frames):
+            frames = torch.tensor(window.index_list)
+        if len(chunks) == batched_number:
+            return Step(x, t, cond, batched_number, None, total, frames, options, now)
+        rows = torch.tensor([c * len(frames) + i for c in chunks for i in range(len(frames))], device=x.device)
+        cond = {
+            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
+            for key, value in cond.items()
         }
-        return _add(previous, lists)
+        return Step(x[rows], t[rows], cond, len(chunks), rows, total, frames, options, now)
 
-    def _hint(self) -> Tensor:
+    def _now(self, sigma: float, sigmas: list[float] | None) -> float:
+        """The strength at this moment, 0 when nothing acts."""
+        return 0.0 if self._off else self._strength.now(sigma, sigmas, self._percent_to_sigma)
+
+    def _halves(self) -> tuple[bool, bool]:
+        """Whether control acts on the conditional and on the unconditional half."""
+        return self._strength.halves
+
+    def _chunks(self, batched_number: int, options: dict[str, Any]) -> list[int]:
+        """The parts of the batch that control acts on."""
+        numbers = options.get("cond_or_uncond", [0] * batched_number)
+        # Without the wrapper that ApplyControl adds, the host's own meaning: list 0 is cond, list 1 uncond.
+        negative = options.get(HALVES) or {1: True}
+        return [i for i, number in enumerate(numbers) if self._halves()[negative.get(number, False)]]
+
+    def _act(self, step: Step, previous: injection.HostControl | None) -> injection.HostControl | None:
+        """What the UNet is given at a step in which this control acts; `previous` are the controls before it."""
+        assert self._model_config is not None
+        shapes = self._model_config.residual_shapes(*step.size)
+        dosed = self._dose(step.now, step.size, self._mask(step)).apply(self._residuals(step))
+        residuals = dosed.mapped(lambda _, residual: step.scattered(residual))
+        if RECORD in step.options:
+            step.options[RECORD].add(self.name, step.t[0].item(), residuals)
+        if previous is not None:
+            before = injection.from_host_control(previous, len(shapes) - 1)
+            injection.check(before, shapes)
+            injection.check(residuals, shapes)
+            residuals = before + residuals
+        return injection.as_host_control(residuals, shapes)
+
+    def _dose(self, now: float, size: tuple[int, int], mask: Tensor | None) -> Dose:
+        assert self._model_config is not None
+        return self._strength.dose(now, len(self._model_config.skip_channels), size[0], mask)
+
+    def _original_hint(self) -> Tensor:
         """The hint at its own size, (B,C,H,W)."""
         if self.cond_hint_original is None:
             raise ControlError(f"{self.name} has no hint: apply it with an image")
         return self.cond_hint_original
 
-    def _in_window(self, t: Tensor, transformer_options: dict[str, Any]) -> bool:
-        window, sigmas = self._strength.window, None
-        if window.unit == "step" and "sample_sigmas" in transformer_options:
-            sigmas = transformer_options["sample_sigmas"].tolist()
-        return window.contains(t[0].item(), sigmas, self._percent_to_sigma)
+    def _hint(self, step: Step, multiple: int = 8) -> Tensor:
+        """The hint at 8 times the latent's size, rounded up to `multiple`, at its own batch and on its own device."""
+        height, width = (-(-8 * n // multiple) * multiple for n in step.size)
+        return resize(self._original_hint(), height, width, self.options.resize)
 
-    def _chunks(self, batched_number: int, transformer_options: dict[str, Any]) -> list[int]:
-        """The parts of the batch that control acts on."""
-        numbers = transformer_options.get("cond_or_uncond", [0] * batched_number)
-        # Without the wrapper that ApplyControl adds, the host's own meaning: list 0 is cond, list 1 uncond.
-        negative = transformer_options.get(HALVES) or {1: True}
-        return [i for i, number in enumerate(numbers) if self._strength.halves[negative.get(number, False)]]
+    def _mask(self, step: Step) -> Tensor | None:
+        """Where and on which pictures control acts, (B,1,8H,8W) or (B,1,1,1); `None` everywhere and on all."""
+        mask, schedule = self._strength.mask, self._strength.schedule
+        if mask is not None:
+            size = (step.size[0] * 8, step.size[1] * 8)
+            if size not in self._masks:
+                self._masks[size] = resize(mask, *size, self.options.resize, smooth=True).to(step.x)
+            mask = step.of_frames(self._masks[size])
+        if schedule is None or not schedule.per_image:
+            return mask
+        if "context_window" not in step.options and len(schedule.per_image) != len(step.frames):
+            raise ControlError(
+                f"{self.name}: the schedule's per_image has {len(schedule.per_image)} strengths, the batch "
+                f"{len(step.frames)} pictures: write one for each"
+            )
+        strengths = step.of_frames(step.x.new_tensor(schedule.per_image).reshape(-1, 1, 1, 1))
+        return strengths if mask is None else mask * strengths
 
-    def _mask(self, batch: _Batch) -> Tensor | None:
-        mask = self._strength.mask
-        if mask is None:
-            return None
-        size = (batch.x.shape[2] * 8, batch.x.shape[3] * 8)
-        if size not in self._masks:
-            self._masks[size] = resize(mask, *size, self.options.resize, smooth=True).to(batch.x)
-        return _repeat(self._masks[size], batch.x.shape[0], batch.chunks)
+    # -- what kinds of control differ in ---------------------------------------------------------------------------
 
-    def _residuals(self, batch: _Batch, transformer_options: dict[str, Any]) -> dict[str, list[Tensor | None]]:
-        """Fresh residuals of this step at strength 1, in the host's lists."""
+    def _config_of(self, model: Any) -> UNetConfig:
+        """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
-
-class OwnControl(Control):
-    """A ControlNet that our core runs."""
-
-    def __init__(self, name: str, loaded: LoadedControl, patcher: Any, compute_dtype: torch.dtype):
-        super().__init__(name)
-        self.loaded = loaded
-        self.patcher = patcher
-        self.compute_dtype = compute_dtype
-
-    def _forget_run(self) -> None:
-        super()._forget_run()
-        self._guided: dict[tuple[int, int], Tensor] = {}
-        self._sampling: Any = None
-
-    def copy(self) -> OwnControl:
-        """Another control of the same network: its weights and their place in memory are shared."""
-        c = OwnControl(self.name, self.loaded, self.patcher, self.compute_dtype)
-        self.copy_to(c)
-        return c
-
-    def get_models(self) -> list[Any]:
-        """The host loads these with the model."""
-        return [*super().get_models(), self.patcher]
-
-    def check_fits(self, model: Any) -> UNetConfig:
-        config = unet_config(model, self.name, self.loaded.family)
-        mismatch = describe_mismatch(self.loaded.config, config)
-        if mismatch:
-            raise ControlError(f"{self.name}: {mismatch}")
-        return config
-
-    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        super().pre_run(model, percent_to_timestep_function)
-        self._sampling = model.model_sampling
-
-    def _guided_hint(self, batch: _Batch) -> Tensor:
-        """The guided hint, encoded once per run and size at the hint's own batch."""
-        size = (batch.x.shape[2] * 8, batch.x.shape[3] * 8)
-        if size not in self._guided:
-            hint = resize(self._hint(), *size, self.options.resize)
-            hint = hint.to(device=batch.x.device, dtype=self.compute_dtype)
-            if hint.shape[1] != self.loaded.control.hint_channels:
-                raise ControlError(
-                    f"{self.name} takes a hint of {self.loaded.control.hint_channels} channels, found {hint.shape[1]}"
-                )
-            self._guided[size] = self.loaded.control.encode_hint(hint)
-        return _repeat(self._guided[size], batch.x.shape[0], batch.chunks)
-
-    def _residuals(self, batch: _Batch, transformer_options: dict[str, Any]) -> dict[str, list[Tensor | None]]:
-        assert self._model_config is not None
-        dtype, device = self.compute_dtype, batch.x.device
-        context = batch.cond.get("crossattn_controlnet", batch.cond["c_crossattn"])
-        y = batch.cond.get("y")
-        residuals = self.loaded.control(
-            self._sampling.calculate_input(batch.t, batch.x).to(dtype),
-            self._sampling.timestep(batch.t).to(dtype),
-            context.to(device=device, dtype=dtype),
-            self._guided_hint(batch),
-            None if y is None else y.to(device=device, dtype=dtype),
-        )
-        return injection.as_host_control(residuals, self._model_config.residual_shapes(*batch.x.shape[2:]))
-
-
-class ForeignControl(Control):
-    """A CONTROL_NET of another loader, its residuals dosed like our own."""
-
-    def __init__(self, inner: Any):
-        super().__init__(f"the {type(inner).__name__} of another loader")
-        self.inner = inner
-        self.latent_format = inner.latent_format  # the host keeps a VAE only for controls that have one
-
-    def copy(self) -> ForeignControl:
-        """Another control around a copy of the same network."""
-        c = ForeignControl(self.inner.copy())
-        self.copy_to(c)
-        return c
-
-    def get_models(self) -> list[Any]:
-        """The host loads these with the model."""
-        return [*super().get_models(), *self.inner.get_models()]
-
-    def get_extra_hooks(self) -> list[Any]:
-        """Hooks of the wrapped control and of those before."""
-        return [*super().get_extra_hooks(), *self.inner.get_extra_hooks()]
-
-    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Our reckoning, and what the wrapped control asks for itself."""
-        return super().inference_memory_requirements(dtype) + self.inner.inference_memory_requirements(dtype)
-
-    def set_extra_arg(self, argument: str, value: Any = None) -> None:
-        """Handed on to the wrapped control."""
-        self.inner.set_extra_arg(argument, value)
-
-    def check_fits(self, model: Any) -> UNetConfig:
-        config = unet_config(model, self.name, None)
-        network = getattr(self.inner, "control_model", None)
-        if isinstance(network, torch.nn.Module):
-            own = _config_of(network)
-            mismatch = own and describe_mismatch(own, config)
-            if mismatch:
-                raise ControlError(f"{self.name}: {mismatch}")
-        return config
-
-    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        super().pre_run(model, percent_to_timestep_function)
-        self.inner.set_cond_hint(
-            self.cond_hint_original, 1.0, (0.0, 1.0), vae=self.vae, extra_concat=self.extra_concat_orig
-        )
-        self.inner.pre_run(model, percent_to_timestep_function)
-
-    def cleanup(self) -> None:
-        super().cleanup()
-        self.inner.cleanup()
-
-    def _residuals(self, batch: _Batch, transformer_options: dict[str, Any]) -> dict[str, list[Tensor | None]]:
-        assert self._model_config is not None
-        if self.options.resize != "crop":
-            size = (batch.x.shape[2] * 8, batch.x.shape[3] * 8)
-            if self.inner.cond_hint_original.shape[2:] != size:
-                self.inner.cond_hint_original = resize(self._hint(), *size, self.options.resize)
-        lists = self.inner.get_control(batch.x, batch.t, batch.cond, batch.chunks, transformer_options)
-        shapes = self._model_config.residual_shapes(*batch.x.shape[2:])
-        if len(lists["output"]) + len(lists["middle"]) == len(shapes):
-            injection.check(Residuals.of([*lists["output"], *lists["middle"]]), shapes)
-        return lists
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What a step is computed on: `chunks` conds of equal size, one after the other."""
-
-    x: Tensor
-    t: Tensor
-    cond: dict[str, Any]
-    chunks: int
-
-    def only(self, rows: Tensor, chunks: int) -> _Batch:
-        """The given rows of everything that has one for each sample."""
-        cond = {
-            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == self.x.shape[:1] else value
-            for key, value in self.cond.items()
-        }
-        return _Batch(self.x[rows], self.t[rows], cond, chunks)
-
-
-def _config_of(network: torch.nn.Module) -> UNetConfig | None:
-    """The configuration of another loader's network, `None` when it is not of the SD UNet's layout."""
-    state = network.state_dict()
-    if "input_blocks.0.0.weight" not in state or "zero_convs.0.0.weight" not in state:
-        return None
-    try:
-        return read_unet_config(state)
-    except ConfigurationError:
-        return None
-
-
-def _repeat(tensor: Tensor, total: int, chunks: int) -> Tensor:
-    """One entry for all, or entry i for sample i of every chunk, starting over when there are fewer than samples."""
-    if tensor.shape[0] == 1:
-        return tensor
-    index = torch.arange(total // chunks, device=tensor.device) % tensor.shape[0]
-    return tensor[index.repeat(chunks)]
-
-
-def _scatter(part: Tensor, rows: Tensor | None, total: int) -> Tensor:
-    """`part` at `rows` of a batch of `total`, zeros elsewhere."""
-    if rows is None:
-        return part
-    whole = part.new_zeros((total, *part.shape[1:]))
-    whole[rows] = part
-    return whole
-
-
-def _add(a: dict[str, list[Tensor | None]] | None, b: dict[str, list[Tensor | None]]) -> dict[str, list[Tensor | None]]:
-    """Several controls add; the host's lists are aligned at their first entry."""
-    if a is None:
-        return b
-    out: dict[str, list[Tensor | None]] = {}
-    for place in ("input", "middle", "output"):
-        x, y = list(a.get(place, [])), list(b.get(place, []))
-        length = max(len(x), len(y))
-        x += [None] * (length - len(x))
-        y += [None] * (length - len(y))
-        out[place] = [q if p is None else p if q is None else p + q for p, q in zip(x, y, strict=True)]
-    return out
+    def _residuals(self, step: Step) -> Residuals:
+        """The residuals of this step at strength 1."""
+        raise NotImplementedError

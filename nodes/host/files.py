@@ -11,11 +11,33 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ...controlnet_core.control_lora import ControlLora
+from ...controlnet_core.controlnet import ControlNet
 from ...controlnet_core.formats import OTHER_PARTS
+from ...controlnet_core.lllite import ControlLLLite
 from ...controlnet_core.loading import LoadedControl, load_control, read_weights, usual_dtype
+from ...controlnet_core.t2i_adapter import T2IAdapter
+from ...controlnet_core.union import UnionControlNet
 from ...lab.models import CONTROLS
-from .control import OwnControl
+from .lllite import LLLiteControl
 from .models import dtypes, patcher_of
+from .networks import (
+    AdapterControl,
+    ControlLoraControl,
+    ControlNetControl,
+    NetworkControl,
+    UnionControl,
+    set_control_type,
+)
+
+KINDS: dict[type, type[NetworkControl]] = {
+    ControlNet: ControlNetControl,
+    UnionControlNet: UnionControl,
+    ControlLora: ControlLoraControl,
+    T2IAdapter: AdapterControl,
+    ControlLLLite: LLLiteControl,
+}
+"""The CONTROL_NET that runs each kind of network."""
 
 
 def register_lab() -> None:
@@ -37,7 +59,9 @@ def path_of(name: str) -> Path:
     return Path(found)
 
 
-def load(name: str, weight_dtype: torch.dtype | None = None, model: Any = None) -> OwnControl:
+def load(
+    name: str, weight_dtype: torch.dtype | None = None, model: Any = None, control_type: str = "auto"
+) -> NetworkControl:
     """The control in file `name`; `model` is the host's MODEL, for weights that are differences from a base."""
     state, metadata = _read(path_of(name))
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
@@ -51,7 +75,9 @@ def load(name: str, weight_dtype: torch.dtype | None = None, model: Any = None) 
         dtype=stored,
         device=comfy.model_management.unet_offload_device(),
     )
-    return OwnControl(name, loaded, patcher_of(loaded.control), compute)
+    control = KINDS[type(loaded.control)](name, loaded, patcher_of(loaded.control), compute)
+    set_control_type(control, control_type)
+    return control
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from . import files
-from .control import Control, ForeignControl, Options
+from .control import Control, Options
+from .foreign import ForeignControl
+from .networks import UnionControl
 
 Entry = tuple[Any, Tensor, float, float, float]
 """(control_net, image (B,H,W,3) in 0..1, strength, start, end); the rest rides on control_net."""
@@ -53,9 +55,21 @@ def _what(found: Any) -> str:
 
 
 def controls(stack: Sequence[Entry], vae: Any = None) -> list[Control]:
-    """A control for each entry, with its hint and its strength; those that can never act are left out."""
-    dosed = [_dosed(_control(net), image, strength, start, end, vae) for net, image, strength, start, end in stack]
-    return [control for control in dosed if not control.strength_now().off]
+    """The controls of the entries, with their hints and strengths; those that can never act are left out.
+
+    Neighbours that share one Union net are one control, fused in one pass.
+    """
+    made: list[Control] = []
+    for net, image, strength, start, end in stack:
+        control = _dosed(_control(net), image, strength, start, end, vae)
+        if control.strength_now().off:
+            continue
+        last = made[-1] if made else None
+        if isinstance(last, UnionControl) and isinstance(control, UnionControl) and last.fuses_with(control):
+            last.others = (*last.others, control)
+        else:
+            made.append(control)
+    return made
 
 
 def _control(control_net: Any) -> Control:

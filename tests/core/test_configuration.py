@@ -28,15 +28,17 @@ LAYOUTS = {
     "SD2.1": SD21,
     "SDXL": SDXL,
     "SDXL mid": replace(SDXL, transformer_depth=(0, 0, 1), transformer_depth_middle=1),
+    "SDXL small": replace(SDXL, transformer_depth=(0, 0, 0), transformer_depth_middle=0, context_dim=0),
     "no attention": replace(
-        SDXL, transformer_depth=(0, 0, 0), transformer_depth_middle=0, context_dim=0, use_linear=False
+        SDXL, transformer_depth=(0, 0, 0), transformer_depth_middle=-1, context_dim=0, use_linear=False
     ),
     "inpainting": replace(SD15, in_channels=9),
     "narrow": TINY,
     "one ResBlock a level": replace(TINY, num_res_blocks=1),
     "three ResBlocks, odd multipliers": replace(TINY, num_res_blocks=3, channel_mult=(2, 3, 5)),
     "two levels": replace(TINY, channel_mult=(1, 1), transformer_depth=(2, 3)),
-    "no attention in the middle": replace(TINY, transformer_depth_middle=0),
+    "a transformer without blocks in the middle": replace(TINY, transformer_depth_middle=0),
+    "one ResBlock in the middle": replace(TINY, transformer_depth_middle=-1),
     "narrow SDXL": replace(TINY, use_linear=True, adm_in_channels=40),
 }
 
@@ -128,10 +130,11 @@ ODD = {
     ),
     "uneven levels": (shifted_downsampling, "level 1 of input_blocks has 3 ResBlocks and level 0 has 1"),
     "ends with a downsampling": (without("input_blocks.7."), "input_blocks.7 is neither a ResBlock nor"),
-    "no middle": (without("middle_block."), "middle_block has 0 part"),
-    "one part in the middle": (
-        lambda s: (without("middle_block.1.")(s), without("middle_block.2.")(s)),
-        "middle_block has 1 part",
+    "no middle": (without("middle_block."), "middle_block has 0 parts: expected a ResBlock, a transformer and another"),
+    "two parts in the middle": (without("middle_block.2."), "middle_block has 2 parts: .* or one ResBlock alone"),
+    "two ResBlocks in the middle": (
+        without("middle_block.1."),
+        "middle_block has 3 parts and no middle_block.1.proj_in.weight: expected",
     ),
 }
 
@@ -166,6 +169,7 @@ def test_reading_leaves_the_weights_alone():
         (TINY, "SD1.x"),
         (replace(TINY, use_linear=True), "SD2.x"),
         (LAYOUTS["narrow SDXL"], "SDXL"),
+        (LAYOUTS["SDXL small"], "SDXL"),
         (LAYOUTS["no attention"], "SDXL"),
     ],
 )
@@ -183,6 +187,7 @@ def test_family(config: UNetConfig, name: str):
         (SD15, LAYOUTS["inpainting"]),  # the control gets the latent alone
         (LAYOUTS["inpainting"], LAYOUTS["inpainting"]),
         (LAYOUTS["SDXL mid"], SDXL),
+        (LAYOUTS["SDXL small"], SDXL),
         (LAYOUTS["no attention"], SDXL),
     ],
 )

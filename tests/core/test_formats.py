@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeroconv.controlnet_core.controlnet import ControlNet
 from zeroconv.controlnet_core.diagnosis import diagnose
-from zeroconv.controlnet_core.formats import UnknownFormat, detect, from_diffusers, from_ldm, to_diffusers
+from zeroconv.controlnet_core.formats import FORMATS, UnknownFormat, detect, from_diffusers, from_ldm, to_diffusers
 from zeroconv.controlnet_core.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
 State = dict[str, Tensor]
@@ -23,7 +23,8 @@ LAYOUTS = {
     "SDXL": SDXL,
     "SDXL mid": replace(SDXL, transformer_depth=(0, 0, 1), transformer_depth_middle=1),
     "narrow": TINY,
-    "no attention in the middle": replace(TINY, transformer_depth_middle=0),
+    "SDXL small": replace(SDXL, transformer_depth=(0, 0, 0), transformer_depth_middle=0),
+    "one ResBlock in the middle": replace(TINY, transformer_depth_middle=-1),
     "odd": replace(TINY, num_res_blocks=3, channel_mult=(1, 3), transformer_depth=(0, 2), use_linear=True),
 }
 
@@ -49,6 +50,8 @@ def diffusers_model(config: UNetConfig, network: type) -> torch.nn.Module:
         blocks["addition_embed_type"] = "text_time"
         blocks["addition_time_embed_dim"] = 256
         blocks["projection_class_embeddings_input_dim"] = config.adm_in_channels
+    if config.transformer_depth_middle == -1:
+        blocks["mid_block_type"] = "UNetMidBlock2D"
     depths = [depth or 1 for depth in config.transformer_depth[:-1]]
     with torch.device("meta"):
         return getattr(diffusers, "ControlNetModel" if network is ControlNet else "UNet2DConditionModel")(
@@ -67,11 +70,11 @@ def diffusers_model(config: UNetConfig, network: type) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("network", [ControlNet, UNet])
-@pytest.mark.parametrize("layout", ["SD1.5", "SD2.1", "SDXL", "SDXL mid", "narrow"])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "odd"])
 def test_every_key_of_diffusers_has_its_ldm_name_and_shape(layout: str, network: type):
     theirs = diffusers_model(LAYOUTS[layout], network).state_dict()
     ours = weights(LAYOUTS[layout], network)
-    assert len(theirs) > 200
+    assert len(theirs) > 100
     assert shapes(from_diffusers(theirs)) == shapes(ours)
     assert shapes(to_diffusers(ours, LAYOUTS[layout])) == shapes(theirs)
 
@@ -205,14 +208,42 @@ def test_flat_projections_of_other_families_stay(config: UNetConfig):
     assert shapes(from_diffusers(to_diffusers(weights(config), config))) == shapes(weights(config))
 
 
+# -- kinds of control -------------------------------------------------------------------------------------------------
+
+Q = "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+KINDS: list[tuple[tuple[str, ...], str]] = [
+    (("lora_controlnet", "zero_convs.0.0.weight", "input_blocks.1.0.in_layers.2.up"), "Control-LoRA"),
+    ((f"{Q}.down.0.weight", f"{Q}.conditioning1.0.weight"), "ControlLLLite"),
+    (
+        ("controlnet_cond_embedding.conv_in.weight", "task_embedding", "control_add_embedding.linear_1.bias"),
+        "Union, diffusers",
+    ),
+    (("zero_convs.0.0.weight", "task_embedding", "control_add_embedding.linear_1.bias"), "Union, ldm"),
+    (("controlnet_cond_embedding.conv_in.weight",), "diffusers"),
+    (("difference", "control_model.zero_convs.0.0.weight"), "difference"),
+    (("control_model.zero_convs.0.0.weight", "model.diffusion_model.out.2.weight"), "ldm with prefix"),
+    (("zero_convs.0.0.weight",), "ldm"),
+    (("adapter.body.0.resnets.0.block1.weight", "adapter.conv_in.weight"), "T2I-Adapter, diffusers"),
+    (("body.0.block1.weight", "conv_in.weight"), "T2I-Adapter"),
+    (("body.0.in_conv.weight", "body.0.out_conv.weight"), "T2I-Adapter"),
+    (("adapter.body.0.block1.weight", "adapter.conv_in.weight"), "T2I-Adapter"),
+]
+
+
+@pytest.mark.parametrize(("keys", "name"), KINDS)
+def test_each_kind_is_told_by_its_keys(keys: tuple[str, ...], name: str):
+    assert detect({key: torch.ones(1) for key in keys}).name == name
+
+
+def test_each_record_has_a_case_here():
+    assert {name for _, name in KINDS} == {record.name for record in FORMATS}
+
+
 # -- what is no ControlNet of ours ------------------------------------------------------------------------------------
 
 LORA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q."
 FLUX = ("controlnet_blocks.0.weight", "controlnet_x_embedder.weight", "single_transformer_blocks.0.attn.to_q.weight")
 STRANGERS: list[tuple[tuple[str, ...], str]] = [
-    (("lora_controlnet", "zero_convs.0.0.weight", "input_blocks.1.0.in_layers.2.up"), "a Control-LoRA"),
-    (("controlnet_cond_embedding.conv_in.weight", "task_embedding"), "a ControlNet Union"),
-    (("lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",), "a ControlLLLite"),
     (
         ("controlnet_cond_embedding.weight", "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"),
         "a SparseCtrl",
@@ -230,9 +261,6 @@ STRANGERS: list[tuple[tuple[str, ...], str]] = [
     (FLUX, "a Flux ControlNet"),
     (("controlnet_blocks.0.weight", "double_blocks.0.img_attn.norm.key_norm.scale"), "a Flux ControlNet"),
     (("controlnet_blocks.3.weight",), "a ControlNet of a diffusion transformer"),
-    (("adapter.body.0.resnets.0.block1.weight",), "a T2I-Adapter"),
-    (("body.0.in_conv.weight",), "a T2I-Adapter"),
-    (("body.0.block1.weight", "conv_in.weight"), "a T2I-Adapter"),
     (("style_embedding", "ln_post.weight"), "a style T2I-Adapter"),
     (("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "an IP-Adapter"),
     ((LORA + "lora_down.weight", LORA + "lora_up.weight", LORA + "alpha"), "a LoRA"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zeroconv.controlnet_core.controlnet import ControlNet
-from zeroconv.controlnet_core.injection import InjectionError, as_host_control, check, inject
+from zeroconv.controlnet_core.injection import InjectionError, as_host_control, check, from_host_control, to_decoder
 from zeroconv.controlnet_core.residuals import Residuals
 from zeroconv.controlnet_core.unet import SD15, SDXL, UNet
 
@@ -25,7 +25,7 @@ def zeros_for(shapes: tuple[tuple[int, int, int], ...]) -> Residuals:
 def test_each_residual_is_added_at_its_own_place():
     middle, skips = full(3, 1, 2, 1, 1), [full(1, 1, 1, 4, 4), full(2, 1, 2, 2, 2)]
     residuals = Residuals((full(10, 1, 1, 4, 4), full(20, 1, 2, 2, 2)), full(30, 1, 2, 1, 1))
-    joined_middle, joined = inject(middle, skips, residuals)
+    joined_middle, joined = to_decoder(middle, skips, residuals)
     assert [t.unique().tolist() for t in (joined_middle, *joined)] == [[33.0], [11.0], [22.0]]
     assert [t.shape for t in joined] == [t.shape for t in skips]
     assert [t.unique().tolist() for t in (middle, *skips)] == [[3.0], [1.0], [2.0]]
@@ -34,16 +34,16 @@ def test_each_residual_is_added_at_its_own_place():
 
 def test_none_adds_nothing():
     middle, skips = full(3, 1, 2, 1, 1), [full(1, 1, 1, 4, 4), full(2, 1, 2, 2, 2)]
-    joined_middle, joined = inject(middle, skips, Residuals((None, full(20, 1, 2, 2, 2)), None))
+    joined_middle, joined = to_decoder(middle, skips, Residuals((None, full(20, 1, 2, 2, 2)), None))
     assert joined_middle is middle and joined[0] is skips[0]
     assert joined[1].unique().tolist() == [22.0]
-    without = inject(middle, skips, None)
+    without = to_decoder(middle, skips, None)
     assert without[0] is middle
     assert without[1] == skips and without[1] is not skips  # the decoder pops from it
 
 
 def test_the_dtype_is_the_unets():
-    middle, joined = inject(
+    middle, joined = to_decoder(
         full(1, 1, 1, 1, 1).half(), [full(1, 1, 1, 2, 2).half()], Residuals((full(2, 1, 1, 2, 2),), full(2, 1, 1, 1, 1))
     )
     assert {middle.dtype, joined[0].dtype} == {torch.float16}
@@ -75,7 +75,7 @@ def test_a_residual_of_the_wrong_size_is_refused(wrong: int, message: str):
     residuals[wrong] = torch.zeros(1, shapes[wrong][0], 8, 8)
     targets = [torch.ones(1, *shape) for shape in shapes]
     with pytest.raises(InjectionError, match=message):
-        inject(targets[-1], targets[:-1], Residuals.of(residuals))
+        to_decoder(targets[-1], targets[:-1], Residuals.of(residuals))
     with pytest.raises(InjectionError, match=message):
         as_host_control(Residuals.of(residuals), shapes)
     residuals[wrong] = None
@@ -92,6 +92,60 @@ def test_the_host_pops_from_the_end():
     assert control["output"].pop() is None  # the deepest skip connection is the first that the decoder reads
     assert control["output"].pop() is residuals.skips[0]
     assert len(as_host_control(residuals, shapes)["output"]) == 2, "the lists are consumed, so each call makes new ones"
+
+
+def test_the_encoders_residuals_are_popped_in_its_order():
+    shapes = ((1, 4, 4), (2, 2, 2), (2, 1, 1))
+    residuals = Residuals((None, None), None, (None, full(20, 1, 2, 2, 2)))
+    control = as_host_control(residuals, shapes)
+    assert control["input"].pop() is None, "encoder block 0 comes first"
+    assert control["input"].pop() is residuals.encoder[1]
+    assert control["output"] == [None, None] and control["middle"] == [None]
+    with pytest.raises(InjectionError, match="encoder block 1 of the UNet has shape 2x2x2, the residual for it 2x1x1"):
+        as_host_control(Residuals((None, None), None, (None, full(1, 1, 2, 1, 1))), shapes)
+
+
+def test_what_the_host_pops_comes_back_as_residuals():
+    shapes = ((1, 4, 4), (2, 2, 2), (2, 1, 1))
+    residuals = Residuals((full(10, 1, 1, 4, 4), None), full(30, 1, 2, 1, 1), (None, full(20, 1, 2, 2, 2)))
+    back = from_host_control(as_host_control(residuals, shapes), 2)
+    assert (back.skips, back.middle, back.encoder) == (residuals.skips, residuals.middle, residuals.encoder)
+
+
+def test_the_hosts_lists_are_aligned_at_the_end_that_it_pops_from():
+    a, b = full(1, 1, 1, 1, 1), full(2, 1, 1, 1, 1)
+    assert from_host_control({"output": [a]}, 3) == Residuals((None, None, a), None)
+    assert from_host_control({"input": [None, a, None, b]}, 3) == Residuals((None,) * 3, None, (b, None, a))
+    assert from_host_control({"middle": [a], "input": [b], "output": []}, 2) == Residuals((None,) * 2, a, (b, None))
+
+
+@pytest.mark.parametrize("lists", [{"output": [1, 2, 3]}, {"middle": [1, 2]}, {"input": [1, 2, 3]}])
+def test_a_residual_that_the_host_never_reaches_is_refused(lists: dict[str, list[int]]):
+    given = {place: [full(n, 1, 1, 1, 1) for n in numbers] for place, numbers in lists.items()}
+    with pytest.raises(InjectionError, match="the UNet has 2 skip connections and a middle block, the control brings"):
+        from_host_control(given, 2)
+
+
+@pytest.mark.parametrize("layout", SMALL)
+@torch.no_grad()
+def test_our_unet_adds_them_to_what_the_encoders_blocks_give(layout: str):
+    config = SMALL[layout]
+    numbers = inputs(config)
+    unet = seeded(UNet, config)
+    given, taken = [], []
+    for block in unet.input_blocks:
+        block.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+        block.register_forward_hook(lambda module, args, output: given.append(output))
+    unet.middle_block.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+    *shapes, _ = config.residual_shapes(*numbers.x.shape[2:])
+    encoder = tuple(torch.randn(1, *shape) if i % 2 else None for i, shape in enumerate(shapes))
+    nothing = (None,) * len(shapes)
+    plain = numbers.predict(unet, Residuals(nothing, None))
+    given.clear()
+    taken.clear()
+    assert not torch.equal(numbers.predict(unet, Residuals(nothing, None, encoder)), plain)
+    for output, residual, next_input in zip(given, encoder, taken[1:], strict=True):
+        assert torch.equal(next_input, output if residual is None else output + residual)
 
 
 @pytest.mark.parametrize("layout", SMALL)

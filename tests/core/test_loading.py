@@ -115,7 +115,7 @@ def test_every_layout_loads_back_to_the_same_output(layout: str, family: str):
     written = dict(write(net))
     before = {key: tensor.clone() for key, tensor in written.items()}
     loaded = load_control(written, metadata(family))
-    assert (loaded.format, loaded.family, loaded.config) == (name, family, net.config)
+    assert (loaded.format, loaded.control.family, loaded.control.config) == (name, family, net.config)
     assert loaded.metadata == metadata(family)
     assert loaded.dropped == len(written) - len(net.state_dict())
     assert (loaded.dropped > 600) == (layout == "checkpoint")
@@ -233,8 +233,8 @@ def test_missing_keys_are_named():
 
 
 def test_unknown_keys_are_named():
-    text = refusal(lambda state: state.update({"middle_block.7.weight": torch.ones(3)}))
-    assert text.endswith("not all the weights of a ControlNet: 1 unknown: middle_block.7.weight")
+    text = refusal(lambda state: state.update({"time_embed.7.weight": torch.ones(3)}))
+    assert text.endswith("not all the weights of a ControlNet: 1 unknown: time_embed.7.weight")
 
 
 def test_wrong_shapes_are_named():
@@ -277,7 +277,7 @@ def test_a_width_that_has_no_heads_asks_for_metadata():
         load_control(state)
     with pytest.raises(LoadError, match="attention of 32 channels cannot be cut into 5 heads: write num_heads or head"):
         load_control(state, {"num_heads": "5"})
-    assert load_control(state, {"head_dim": "16"}).config.heads(128) == 8
+    assert load_control(state, {"head_dim": "16"}).control.config.heads(128) == 8
 
 
 # -- the UNet of a base model -----------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_a_control_of_the_published_size_loads_without_being_copied(tmp_path: Pa
     save_file({key: torch.zeros(t.shape, dtype=torch.float16) for key, t in meta(SD15).items()}, path)
     state, said = read_weights(path)
     loaded = load_control(state, said)
-    assert loaded.config == SD15
+    assert loaded.control.config == SD15
     assert all(tensor.data_ptr() == state[key].data_ptr() for key, tensor in loaded.control.state_dict().items())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from zeroconv.controlnet_core.residuals import Residuals
 
@@ -25,35 +26,32 @@ def test_the_middle_comes_last():
     assert all(a is b for a, b in zip(Residuals.of(given), given, strict=True))
 
 
-def test_weights_multiply_and_zero_drops():
-    given = residuals(1, 2, None, 4)
-    assert values(given.weighted([0.5, 0.0, 1.0, 2])) == [0.5, None, None, 8]
-    assert values(given.weighted([0, 1, 1, 0])) == [None, 2, None, None]
+def test_each_residual_is_mapped_with_the_number_of_its_block():
+    given = Residuals.of(residuals(1, 2, None, 4), residuals(5, None).skips + (None, torch.tensor([7.0])))
+    seen = []
+
+    def f(i: int, tensor: Tensor) -> Tensor | None:
+        seen.append((i, tensor.item()))
+        return None if i == 1 else tensor * 10
+
+    mapped = given.mapped(f)
+    assert seen == [(0, 1), (1, 2), (3, 4), (0, 5), (2, 7)]
+    assert values(mapped) == [10, None, None, 40]
+    assert [None if t is None else t.item() for t in mapped.encoder] == [50, None, 70]
     assert values(given) == [1, 2, None, 4]
 
 
-def test_weighted_residuals_are_fresh():
-    given = residuals(1, 2)
-    weighted = given.weighted([1.0, 1.0])
-    for new, old in zip(weighted, given, strict=True):
-        assert new is not None and old is not None
-        assert new.data_ptr() != old.data_ptr()
+def test_there_are_as_many_encoder_residuals_as_skips_or_none():
+    with pytest.raises(ValueError, match="2 skips need as many encoder residuals or none: 1"):
+        Residuals((None, None), None, (None,))
 
 
-def test_a_weight_may_be_a_mask():
-    given = Residuals((torch.ones(2, 3, 2, 2),), torch.ones(2, 3, 1, 1))
-    mask = torch.tensor([[0.0, 1.0], [0.5, 0.0]])[None, None]
-    skip, middle = given.weighted([mask, 1.0])
-    assert skip is not None and middle is not None
-    assert skip.shape == (2, 3, 2, 2)
-    assert skip[1, 2].tolist() == [[0.0, 1.0], [0.5, 0.0]]
-    dropped = given.weighted([torch.zeros(1, 1, 1, 1), 1.0]).skips[0]
-    assert dropped is not None and not dropped.any()  # a tensor's values are not looked at: that would wait for the GPU
-
-
-def test_weights_must_be_as_many():
-    with pytest.raises(ValueError, match="3 residuals need as many weights, found 13"):
-        residuals(1, 2, 3).weighted([1.0] * 13)
+def test_pooled_residuals_are_their_mean_all_over():
+    given = Residuals((torch.arange(8.0).reshape(1, 2, 2, 2), None), torch.ones(1, 2, 1, 1))
+    pooled = given.pooled()
+    assert pooled.skips[0] is not None and pooled.skips[1] is None
+    assert pooled.skips[0].tolist() == [[[[1.5, 1.5], [1.5, 1.5]], [[5.5, 5.5], [5.5, 5.5]]]]
+    assert given.skips[0] is not None and given.skips[0].flatten().tolist() == list(range(8))
 
 
 def test_controls_add():
@@ -62,3 +60,12 @@ def test_controls_add():
     assert values(first) == [1, None, None, 4] and values(second) == [10, 20, None, None]
     with pytest.raises(ValueError, match="residuals of different UNets cannot be added: 4 and 2 of them"):
         _ = first + residuals(1, 2)
+
+
+def test_controls_of_the_encoder_add_to_those_of_the_decoder():
+    adapter = Residuals((None, None), None, (None, torch.tensor([5.0])))
+    control = residuals(1, 2, 3)
+    for both in (adapter + control, control + adapter):
+        assert values(both) == [1, 2, 3] and both.encoder == adapter.encoder
+    twice = adapter + adapter
+    assert twice.encoder[0] is None and twice.encoder[1] is not None and twice.encoder[1].item() == 10

@@ -13,12 +13,12 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import comfy_extras.nodes_custom_sampler as custom_sampler
 import execution
 import folder_paths
 import nodes
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_controlnet, nodes_custom_sampler
 from graphs import STEPS, Control, Event, Run, Scene, latent, prompt
 from safetensors.torch import load_file, save_file
 from tiny_models import WIDTH, control_state_dict, tiny_model, write_control
@@ -60,7 +60,8 @@ class Host:
 
     def call(self, node: str, **inputs: Any) -> tuple:
         """The outputs of the node with this id, run as the host runs it; a widget left out has its default."""
-        kind = getattr(custom_sampler, node, None) or nodes.NODE_CLASS_MAPPINGS.get(node) or self.ours[node]
+        extras = (getattr(module, node) for module in (nodes_custom_sampler, nodes_controlnet) if hasattr(module, node))
+        kind = next(extras, None) or nodes.NODE_CLASS_MAPPINGS.get(node) or self.ours[node]
         values: dict[str, Any] = {}
         declared = kind.INPUT_TYPES()
         for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
@@ -109,6 +110,15 @@ class Host:
             (control,) = self.call(node, control_net_name=f"{name}.safetensors", **options)
             self.record(control)
             self._controls[key] = control
+        return self._controls[key]
+
+    def load_made(self, name: str, make: Callable[[], dict[str, Tensor]], **options: Any) -> Any:
+        """The CONTROL_NET that our loader makes of the tensors `make` gives, written once under this name."""
+        key = (name, *sorted(options.items()))
+        if key not in self._controls:
+            if not (self.folder / f"{name}.safetensors").exists():
+                self.write(name, make())
+            (self._controls[key],) = self.call("LoadControlNet", control_net_name=f"{name}.safetensors", **options)
         return self._controls[key]
 
     def record(self, control: Any) -> None:

@@ -17,7 +17,10 @@ from zeroconv.annotators.canny import canny
 CONTRACT = {
     "LoadControlNet": (["control_net_name", "weight_dtype", "control_type", "model"], ["control_net"]),
     "Annotate": (
-        ["image", "annotator", "resolution", "canny_low", "canny_high", "mask", "pose_keypoints"],
+        [
+            *("image", "annotator", "resolution", "canny_low", "canny_high", "inpaint_masked_value"),
+            *("mask", "pose_keypoints"),
+        ],
         ["hint", "pose_keypoints"],
     ),
     "InspectControl": (["control_net", "model"], ["report"]),

@@ -182,7 +182,7 @@ def test_weights_load_strictly(host: Host, wrong: str):
     if wrong == "missing":
         del state[key]
     elif wrong == "unknown":
-        key = "middle_block.7.weight"
+        key = "time_embed.7.weight"
         state[key] = torch.ones(3)
     else:
         state[key] = state[key][:7].clone()

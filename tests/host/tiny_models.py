@@ -97,9 +97,10 @@ def randomise(module: torch.nn.Module, seed: int, control_gain: float = CONTROL_
 
 
 @torch.inference_mode()
-def tiny_model(family: str, seed: int = 11) -> comfy.model_patcher.ModelPatcher:
-    """A tiny random model of `family` in a ModelPatcher: the MODEL socket's value."""
-    config = _CLASSES[family](unet_config(family))
+def tiny_model(family: str, seed: int = 11, channel_mult: list[int] | None = None) -> comfy.model_patcher.ModelPatcher:
+    """A tiny random model of `family` in a ModelPatcher: the MODEL socket's value; `None` is its usual channels."""
+    layout = unet_config(family)
+    config = _CLASSES[family](layout | {"channel_mult": channel_mult or layout["channel_mult"]})
     management = comfy.model_management
     config.set_inference_dtype(management.unet_dtype(), None)  # fp32 on a CPU
     model = config.get_model({}, "", device=torch.device("cpu"))

@@ -1,0 +1,89 @@
+"""A CONTROL_NET of the host's own loader, or of another pack's, dosed like ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...controlnet_core import injection
+from ...controlnet_core.configuration import ConfigurationError, describe_mismatch, read_unet_config
+from ...controlnet_core.residuals import Residuals
+from ...controlnet_core.unet import UNetConfig
+from .control import Control, ControlError, Step
+from .models import unet_config
+from .resize import resize
+
+
+class ForeignControl(Control):
+    """A CONTROL_NET of another loader, its residuals dosed like our own."""
+
+    def __init__(self, inner: Any):
+        super().__init__(f"the {type(inner).__name__} of another loader")
+        self.inner = inner
+        self.latent_format = inner.latent_format  # the host keeps a VAE only for controls that have one
+
+    def copy(self) -> ForeignControl:
+        """Another control around a copy of the same network."""
+        c = ForeignControl(self.inner.copy())
+        self.copy_to(c)
+        return c
+
+    def get_models(self) -> list[Any]:
+        """The host loads these with the model."""
+        return [*super().get_models(), *self.inner.get_models()]
+
+    def get_extra_hooks(self) -> list[Any]:
+        """Hooks of the wrapped control and of those before."""
+        return [*super().get_extra_hooks(), *self.inner.get_extra_hooks()]
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
+        """Our reckoning, and what the wrapped control asks for itself."""
+        return super().inference_memory_requirements(dtype) + self.inner.inference_memory_requirements(dtype)
+
+    def set_extra_arg(self, argument: str, value: Any = None) -> None:
+        """Handed on to the wrapped control."""
+        self.inner.set_extra_arg(argument, value)
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        """Begin a run of the wrapped control at full strength and all over sampling: the dose is ours."""
+        super().pre_run(model, percent_to_timestep_function)
+        self.inner.set_cond_hint(
+            self.cond_hint_original, 1.0, (0.0, 1.0), vae=self.vae, extra_concat=self.extra_concat_orig
+        )
+        self.inner.pre_run(model, percent_to_timestep_function)
+
+    def cleanup(self) -> None:
+        """End a run."""
+        super().cleanup()
+        self.inner.cleanup()
+
+    def _config_of(self, model: Any) -> UNetConfig:
+        config = unet_config(model, self.name, None)
+        network = getattr(self.inner, "control_model", None)
+        if isinstance(network, torch.nn.Module):
+            own = _config_of(network)
+            mismatch = own and describe_mismatch(own, config)
+            if mismatch:
+                raise ControlError(f"{self.name}: {mismatch}")
+        return config
+
+    def _residuals(self, step: Step) -> Residuals:
+        assert self._model_config is not None
+        if self.options.resize != "crop":
+            size = (step.size[0] * 8, step.size[1] * 8)
+            if self.inner.cond_hint_original.shape[2:] != size:
+                self.inner.cond_hint_original = resize(self._original_hint(), *size, self.options.resize)
+        control = self.inner.get_control(step.x, step.t, step.cond, step.chunks, step.options)
+        return injection.from_host_control(control, len(self._model_config.skip_channels))
+
+
+def _config_of(network: torch.nn.Module) -> UNetConfig | None:
+    """The configuration of another loader's network, `None` when it is not of the SD UNet's layout."""
+    state = network.state_dict()
+    if "input_blocks.0.0.weight" not in state or "zero_convs.0.0.weight" not in state:
+        return None
+    try:
+        return read_unet_config(state)
+    except ConfigurationError:
+        return None

@@ -1,0 +1,218 @@
+"""CONTROL_NETs whose networks are our core's, one class for each kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...controlnet_core.loading import LoadedControl
+from ...controlnet_core.residuals import Residuals
+from ...controlnet_core.unet import UNetConfig
+from ...controlnet_core.union import TYPES
+from .control import Control, ControlError, Step
+from .models import unet_config
+
+
+class NetworkControl(Control):
+    """A control with a network of ours; its weights and their place in memory are shared by all copies."""
+
+    def __init__(self, name: str, loaded: LoadedControl, patcher: Any, compute_dtype: torch.dtype):
+        super().__init__(name)
+        self.loaded = loaded
+        self.patcher = patcher
+        self.compute_dtype = compute_dtype
+
+    @property
+    def network(self) -> Any:
+        """The core's network."""
+        return self.loaded.control
+
+    def copy(self) -> NetworkControl:
+        """Another control of the same network with the same settings."""
+        c = type(self)(self.name, self.loaded, self.patcher, self.compute_dtype)
+        self.copy_to(c)
+        return c
+
+    def get_models(self) -> list[Any]:
+        """The host loads these with the model."""
+        return [*super().get_models(), self.patcher]
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._encoded: dict[tuple[int, int], Any] = {}
+
+    def _config_of(self, model: Any) -> UNetConfig:
+        config = unet_config(model, self.name, self.network.family)
+        mismatch = self.network.mismatch(config)
+        if mismatch:
+            raise ControlError(f"{self.name}: {mismatch}")
+        return config
+
+    def _encode(self, step: Step, multiple: int = 8) -> Any:
+        """What the network makes of the hint, once per run and size, at the hint's own batch."""
+        if step.size not in self._encoded:
+            hint = self._hint(step, multiple).to(device=step.x.device, dtype=self.compute_dtype)
+            channels = self.network.hint_channels
+            if channels == 1:
+                hint = hint.mean(dim=1, keepdim=True)
+            if hint.shape[1] != channels:
+                raise ControlError(f"{self.name} takes a hint of {channels} channels, found {hint.shape[1]}")
+            self._encoded[step.size] = self._encode_hint(hint)
+        return self._encoded[step.size]
+
+    def _encode_hint(self, hint: Tensor) -> Any:
+        return self.network.encode_hint(hint)
+
+
+class ControlNetControl(NetworkControl):
+    """A ControlNet. With the host's `global_average_pooling`, one for shuffle: pooled, on the prompt's half alone."""
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._sampling: Any = None
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        """Begin a run."""
+        super().pre_run(model, percent_to_timestep_function)
+        self._sampling = model.model_sampling
+
+    def _halves(self) -> tuple[bool, bool]:
+        return (True, False) if self.global_average_pooling else super()._halves()
+
+    def _residuals(self, step: Step) -> Residuals:
+        residuals = self.network(*self._inputs(step, step.of_frames(self._encode(step))))
+        return residuals.pooled() if self.global_average_pooling else residuals
+
+    def _inputs(self, step: Step, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
+        """What a ControlNet's forward takes."""
+        place: dict[str, Any] = {"device": step.x.device, "dtype": self.compute_dtype}
+        context = step.cond.get("crossattn_controlnet", step.cond["c_crossattn"])
+        y = step.cond.get("y")
+        return (
+            self._sampling.calculate_input(step.t, step.x).to(**place),
+            self._sampling.timestep(step.t).to(**place),
+            context.to(**place),
+            guided_hint,
+            None if y is None else y.to(**place),
+        )
+
+
+class ControlLoraControl(ControlNetControl):
+    """A Control-LoRA: it borrows the layers of the model that it is applied to, in that model's dtype."""
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        """Begin a run on `model`."""
+        super().pre_run(model, percent_to_timestep_function)
+        self.network.bind(model.diffusion_model)
+        self.compute_dtype = model.manual_cast_dtype or model.get_dtype()
+
+    def cleanup(self) -> None:
+        """End a run; the model is let go."""
+        super().cleanup()
+        self.network.unbind()
+
+
+class UnionControl(ControlNetControl):
+    """A ControlNet Union; what its hint is, comes from `control_type` or the host's SetUnionControlNetType.
+
+    `others` are its neighbours in a stack that share the network: all are fused in one pass, each with its own hint,
+    type, strength, window and schedule (xinsir6/ControlNetPlus). The rest of the dose is this one's.
+    """
+
+    others: tuple[UnionControl, ...] = ()
+
+    @property
+    def type_number(self) -> int | None:
+        """Index into the core's `TYPES`; `None` for a plain hint, which is never fused."""
+        types = self.extra_args.get("control_type") or [None]
+        return types[0]
+
+    def fuses_with(self, other: Control) -> bool:
+        """Whether `other` may share a pass with this one."""
+        return (
+            isinstance(other, UnionControl)
+            and other.network is self.network
+            and other.type_number is not None
+            and self.type_number is not None
+            and other.options.guidance == self.options.guidance
+            and _same(other.options.mask, self.options.mask)
+            and other.options.block_weights == self.options.block_weights
+            and not any(c.options.schedule and c.options.schedule.per_image for c in (self, other))
+        )
+
+    def copy_to(self, c: Any) -> None:
+        """The host's settings and ours; what a run has computed stays behind."""
+        super().copy_to(c)
+        c.others = tuple(other.copy() for other in self.others)
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        """Begin a run, of those that are fused too."""
+        super().pre_run(model, percent_to_timestep_function)
+        self._values: list[tuple[UnionControl, float]] = []
+        for other in self.others:
+            other.pre_run(model, percent_to_timestep_function)
+
+    def cleanup(self) -> None:
+        """End a run."""
+        super().cleanup()
+        for other in self.others:
+            other.cleanup()
+
+    def _now(self, sigma: float, sigmas: list[float] | None) -> float:
+        values = [(self, super()._now(sigma, sigmas)), *((c, c._now(sigma, sigmas)) for c in self.others)]
+        self._values = [(control, value) for control, value in values if value != 0.0]
+        # Of several, each strength goes into the fuse; of one, it multiplies the residuals.
+        return 1.0 if len(self._values) > 1 else sum(value for _, value in self._values)
+
+    def _residuals(self, step: Step) -> Residuals:
+        acting = [control for control, _ in self._values]
+        features = [control._encode(step) for control in acting]
+        if len({len(feature) for feature in features} - {1}) > 1:  # of different numbers of frames
+            features = [step.of_frames(feature) for feature in features]
+        types = [control.type_number for control in acting if control.type_number is not None]
+        guided_hint = self.network.fuse(features, types, [value for _, value in self._values]) if types else features[0]
+        return self.network(*self._inputs(step, step.of_frames(guided_hint)), types=types)
+
+
+class AdapterControl(NetworkControl):
+    """A T2I-Adapter: its residuals do not depend on time, and are computed once per run and size."""
+
+    def _encode_hint(self, hint: Tensor) -> Residuals:
+        return self.network(hint)
+
+    def _residuals(self, step: Step) -> Residuals:
+        encoded: Residuals = self._encode(step, self.network.hint_multiple)
+        # One hint for all samples: its residuals broadcast over them.
+        return encoded.mapped(lambda _, residual: step.of_frames(residual))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def set_control_type(control: NetworkControl, control_type: str) -> None:
+    """Tell a control what its hint is: "auto", "shuffle", or one of the Union's types; raises where that means nothing.
+
+    A file whose name ends with shuffle is one, as the host takes it: its weights look like any other's.
+    """
+    union = isinstance(control, UnionControl)
+    if control_type in TYPES and union:
+        number = TYPES.index(control_type)
+        if number >= control.network.n_types:
+            raise ControlError(
+                f"{control.name} is a ControlNet Union of {control.network.n_types} types, {control_type!r} is number "
+                f"{number + 1}: use a ProMax Union, which has 8"
+            )
+        control.set_extra_arg("control_type", [number])
+    elif control_type in TYPES:
+        raise ControlError(
+            f"{control.name} is a {control.network.kind}, which has one type only, found control_type "
+            f"{control_type!r}: choose auto"
+        )
+    elif control_type == "shuffle" and type(control) is not ControlNetControl:
+        raise ControlError(f"{control.name} is a {control.network.kind}, which has no shuffle: choose auto")
+    elif type(control) is ControlNetControl:
+        stem = control.name.rpartition(".")[0].removesuffix("_fp16")
+        control.global_average_pooling = control_type == "shuffle" or stem.endswith("_shuffle")

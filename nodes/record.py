@@ -1,0 +1,59 @@
+"""`RecordControl` and `ControlReport`: which residuals acted at which step, and how strongly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..controlnet_core.record import Record, table
+from . import pictures
+from .host import record as host_record
+
+RecordSocket = io.Custom("CONTROL_RECORD")
+
+
+class RecordControl(io.ComfyNode):
+    """Keeps account of what controls do in a sampling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RecordControl",
+            display_name="Record Control (ZeroConv)",
+            category="ZeroConv",
+            description="Keeps account of what the controls add at every step of sampling, and changes nothing. "
+            "Control Report shows the record.",
+            inputs=[io.Model.Input("model", tooltip="With or without controls: before or after Apply Control.")],
+            outputs=[io.Model.Output(display_name="model"), RecordSocket.Output(display_name="record")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        return io.NodeOutput(*host_record.recorded(model))
+
+
+class ControlReport(io.ComfyNode):
+    """Shows what controls did in a sampling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ControlReport",
+            display_name="Control Report (ZeroConv)",
+            category="ZeroConv",
+            description="Which residuals acted at which step and how strongly: their RMS in percent of what each "
+            "joins, as a table and as a heat map.",
+            inputs=[
+                RecordSocket.Input("record"),
+                io.Latent.Input("latent", tooltip="The sampler's output; only so that the report comes after it."),
+            ],
+            outputs=[io.String.Output(display_name="report"), io.Image.Output(display_name="heat_map")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, record: Record, latent: Any) -> io.NodeOutput:
+        text, picture = table(record), pictures.heat_map(record.panels)
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(text, picture, ui=shown)
