@@ -16,14 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .configuration import ConfigurationError, family
-from .keys import Condition, State, some
+from .keys import State
 from .unet import UNet, UNetConfig
 
 PREFIX = "lllite_unet_"
-"""What comes before the path of the layer, its dots made underscores, in every name in a file."""
-
-LLLITE: Condition = some(starts=PREFIX)
-"""Is this a file of this kind? Those for diffusion transformers have another prefix."""
+"""What every name in a file begins with, before the path of the layer; files for transformers have another."""
 
 STRIDES = {1: 8, 2: 16, 3: 32}
 """Pixels of the hint, on a side, for one pixel of the embedding: by the depth of a network's conditioning1."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from .annotate import Annotate
 from .apply import ApplyControl, ApplyControlToPrompt, StackControls
+from .dosing import ControlBlockWeights, ControlSchedule
 from .inspect import InspectControl
 from .lab import LabScene, LoadLabModel
 from .load import LoadControlNet
+from .record import ControlReport, RecordControl
+from .save import NewControlNet, SaveControlNet
 
 NODES = [
     LoadControlNet,
@@ -14,7 +17,13 @@ NODES = [
     ApplyControl,
     ApplyControlToPrompt,
     StackControls,
+    ControlSchedule,
+    ControlBlockWeights,
+    RecordControl,
+    ControlReport,
     InspectControl,
+    NewControlNet,
+    SaveControlNet,
     LoadLabModel,
     LabScene,
 ]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 import folder_paths
 import torch
 
-from ...controlnet_core.control_lora import ControlLora
+from ...controlnet_core.control_lora import MARKER, ControlLora
 from ...controlnet_core.controlnet import ControlNet
 from ...controlnet_core.formats import OTHER_PARTS
 from ...controlnet_core.lllite import ControlLLLite
@@ -66,6 +67,8 @@ def load(
     state, metadata = _read(path_of(name))
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
     stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
+    if MARKER in state:
+        operations = comfy.ops.manual_cast  # a Control-LoRA computes in its model's dtype, which only a run tells
     loaded: LoadedControl = load_control(
         state,
         metadata,

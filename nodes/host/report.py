@@ -44,7 +44,7 @@ def report(control: Any, model: Any = None) -> str:
         facts["control_type"] = "shuffle: its residuals are averaged over the picture, on the prompt's half alone"
     if loaded.format == "difference":
         facts["base"] = "added to the differences, from the model connected to the loader"
-    elif loaded.dropped and not foreign:
+    elif loaded.dropped and not foreign and not isinstance(network, ControlLora):  # of which only the marker goes
         facts["left out"] = f"{loaded.dropped} tensors in the file that are no part of the control"
     fits = [name for name, config in PUBLISHED.items() if network.mismatch(config) is None]
     facts["published models"] = ", ".join(fits) or "none, it is made for a model of another size"

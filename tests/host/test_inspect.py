@@ -133,6 +133,7 @@ def test_a_control_lora_names_its_rank_and_what_it_borrows(host: Host):
     borrowed = sum(1 for _ in network.borrowed())
     assert borrowed > 100
     assert facts["base"] == f"{borrowed} layers are borrowed from the model that it is applied to"
+    assert "left out" not in facts
     mixed = ControlLora.fresh(network.config, rank=200)  # more than some layers can have
     smallest, largest = mixed.ranks
     assert smallest < largest

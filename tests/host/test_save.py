@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from graphs import MOVES, TOLERANCE, Run, moved, off_by, picture
-from kinds import OTHERS
+from kinds import OTHERS, SDXL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zeroconv.controlnet_core.control_lora import BORROWED
 from zeroconv.controlnet_core.saving import to_file
+from zeroconv.controlnet_core.union import UnionControlNet
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -92,13 +94,13 @@ def assert_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture
-def native_sizes(monkeypatch: pytest.MonkeyPatch):
+def native_sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The host's loader reads diffusers files of published sizes alone: tells it those of a tiny family."""
     import comfy.model_detection
     from tiny_models import unet_config
 
-    def tell(family: str) -> None:
-        config = {**unet_config(family), "num_heads": -1, "num_head_channels": 64}
+    def tell(family: str, **others: Any) -> None:
+        config = {**unet_config(family), "num_heads": -1, "num_head_channels": 64, **others}
         monkeypatch.setattr(comfy.model_detection, "unet_config_from_diffusers_unet", lambda _: dict(config))
 
     return tell
@@ -108,7 +110,7 @@ def native_sizes(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_control_gives_the_same_latents_in_both_loaders(
-    host: Host, native_sizes: Any, family: str, layout: str, dtype: str
+    host: Host, native_sizes: Callable[..., None], family: str, layout: str, dtype: str
 ):
     native_sizes(family)
     original = host.load(f"{family}_depth")
@@ -141,6 +143,37 @@ def test_as_loaded_is_the_type_in_memory(host: Host):
 def test_a_control_of_the_hosts_own_loader_is_saved_too(host: Host, layout: str):
     name = save(host, host.load("sd15_depth", native=True), filename="foreign", layout=layout)
     assert_bits(weights_of(load(host, name)), host.state("sd15_depth"))
+
+
+def wide_union() -> UnionControlNet:
+    """Of the published width, the only one that the host builds."""
+    return UnionControlNet(
+        replace(SDXL, model_channels=320, channel_mult=(1,), num_res_blocks=1, transformer_depth=(1,))
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [(wide_union, "diffusers"), (OTHERS["T2I-Adapter"][0], "ldm"), (OTHERS["Control-LoRA"][0], "ldm")],
+    ids=["ControlNet Union", "T2I-Adapter", "Control-LoRA"],
+)
+def test_so_is_every_kind_that_the_hosts_loader_knows(
+    host: Host, native_sizes: Callable[..., None], make: Callable[[], Any], layout: str
+):
+    one_level = {
+        "channel_mult": [1],
+        "num_res_blocks": [1],
+        "transformer_depth": [1],
+        "transformer_depth_output": [1] * 2,
+    }
+    native_sizes("sdxl", model_channels=320, **one_level)
+    network = make()
+    weights, metadata = to_file(network, layout)
+    save_file(weights, host.folder / "given.safetensors", metadata)
+    name = save(host, load(host, "given.safetensors", "ControlNetLoader"), filename="foreign")
+    again = load(host, name)
+    assert again.loaded.control.kind == network.kind
+    assert_bits(weights_of(again), {key: tensor.detach() for key, tensor in network.state_dict().items()})
 
 
 @pytest.mark.parametrize(("kind", "layout"), [(kind, layout) for kind, (_, all_) in OTHERS.items() for layout in all_])
@@ -244,7 +277,7 @@ def encoder(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_transferred_control_is_control_plus_target_minus_base(
-    host: Host, native_sizes: Any, family: str, layout: str
+    host: Host, native_sizes: Callable[..., None], family: str, layout: str
 ):
     native_sizes(family)
     control, base, target = host.load(f"{family}_depth"), host.model(family), host.another_model(family)

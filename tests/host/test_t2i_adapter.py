@@ -198,6 +198,16 @@ def test_the_hint_moves_the_latent_not_the_biases_alone(host: Host, scenes: dict
     assert moved(case.native(host, scene), dark) >= MOVES
 
 
+@pytest.mark.parametrize("kind", ["full", "XL"])
+def test_odd_sizes_are_controlled_too(host: Host, scenes: dict[str, Scene], kind: str):
+    """Without a native twin: it averages other pixels there. A feature of a wrong size would raise."""
+    scene, odd = scenes[family(kind)], latent(1, 13, 11)
+    run = host.sample(apply(host, scene, load(host, kind), Control()), latent_image=odd)
+    without = host.sample(scene, latent_image=odd)
+    assert moved(run, without) >= MOVES
+    assert run.calls("unet") == without.calls("unet")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_apply_it(host: Host, scenes: dict[str, Scene], way: str):
     case, control = WINDOW, load(host, "full")
