@@ -27,6 +27,10 @@ CONTROL_KINDS = (
     Kind(some(contains="temporal_res_block."), f"a ControlNet for Stable Video Diffusion: {OWN_NODES}"),
     Kind(some(contains="ctrl_to_base"), f"a ControlNet-XS: {OWN_NODES}"),
     Kind(some(starts="brushnet_"), f"a BrushNet: {OWN_NODES}"),
+    Kind(
+        some(starts="lllite_") & ~some(starts="lllite_unet_"),
+        f"a ControlLLLite for a diffusion transformer: {OWN_NODES}",
+    ),
 )
 """Controls of Stable Diffusion whose keys contain a ControlNet's, or could be taken for one."""
 

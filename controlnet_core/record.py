@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,11 @@ class Record:
             number += 1
             title = f"{name} ({number})"
         self._handed_out[title] = sigma, residuals.mapped(lambda _, tensor: power(tensor))
+
+    def shifted(self, name: str, sigma: float, ratios: Mapping[int, float]) -> None:
+        """Control `name` shifted what single layers are given: RMS(shift) / RMS(input) by block, the layers' mean."""
+        for i, ratio in ratios.items():
+            self._ratios.setdefault(name, {}).setdefault(sigma, {}).setdefault(i, []).append(ratio)
 
     def met(self, sigma: float, targets: Residuals) -> None:
         """The UNet ran at `sigma`; `targets` holds the `power` of what each residual joined, without any control."""

@@ -12,7 +12,7 @@ from ...controlnet_core.injection import HostControl
 from ...controlnet_core.lllite import PREFIX, LLLiteError, hooked, targets
 from ...controlnet_core.strength import Dose
 from ...controlnet_core.unet import UNetConfig
-from .control import ControlError, Step
+from .control import RECORD, ControlError, Step
 from .models import unet_config
 from .networks import NetworkControl
 
@@ -63,6 +63,7 @@ class _Call:
     def __init__(self, control: LLLiteControl):
         self.network, self.name, self.places = control.network, control.name, control._places
         self.acted: set[str] = set()
+        self.ratios: dict[int, list[float]] = {}
 
     def install(self, options: dict[str, Any]) -> None:
         """Add patches and the wrapper to the options of this call; lists in them that may be the model's stay alone."""
@@ -92,6 +93,9 @@ class _Call:
         embedding = self.step.of_frames(self.embeddings[name])
         part = x if rows is None else x[rows]
         shifted = self.network.shifted(name, self.places[name][1], part, embedding, self.dose.weigh)
+        if RECORD in self.step.options:
+            power = (shifted - part).float().square().mean() / part.float().square().mean()
+            self.ratios.setdefault(self.places[name][1], []).append(power.sqrt().item())
         if rows is None:
             return shifted
         whole = x.clone()
@@ -118,6 +122,7 @@ class _Call:
             if not _patched(path)
         }
         self.acted.clear()
+        self.ratios.clear()
         with hooked(unpatched, self.shift):
             result = executor(*args, **kwargs)
         idle = [name for name in self.places if name not in self.acted]
@@ -126,6 +131,9 @@ class _Call:
                 f"{self.name}: {len(idle)} of its {len(self.places)} layers were not reached in this call of the "
                 f"model, the first {idle[0].removeprefix(PREFIX)}: take off what makes the model skip blocks"
             )
+        if RECORD in self.step.options:
+            means = {block: sum(ratios) / len(ratios) for block, ratios in self.ratios.items()}
+            self.step.options[RECORD].shifted(self.name, self.step.t[0].item(), means)
         return result
 
 

@@ -255,6 +255,7 @@ STRANGERS: list[tuple[tuple[str, ...], str]] = [
     ),
     (("controlnet_cond_embedding.conv_in.weight", "up_connections.0.ctrl_to_base.0.weight"), "a ControlNet-XS"),
     (("brushnet_down_blocks.0.weight", "conv_in_condition.weight"), "a BrushNet"),
+    (("lllite_dit_blocks_0_self_attn_q_proj.down.0.weight",), "a ControlLLLite for a diffusion transformer"),
     (("after_proj_list.18.bias", "controlnet_blocks.0.weight"), "a HunyuanDiT ControlNet"),
     (("controlnet_blocks.0.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight"), "a Qwen-Image ControlNet"),
     (("controlnet_blocks.0.weight", "pos_embed_input.proj.weight"), "an SD3 ControlNet"),

@@ -174,6 +174,30 @@ def test_no_more_unet_calls(host: Host, states: dict[str, dict[str, Tensor]]):
     assert [batch for _, batch in run.calls("unet")] == [2] * STEPS
 
 
+@pytest.mark.parametrize("guidance", ["both", "cond_only"])
+def test_a_record_has_the_shift_of_each_blocks_layers(host: Host, states: dict[str, dict[str, Tensor]], guidance: str):
+    """Relative to what the layers are given; the first step doubles with the strength, and the latent is the same."""
+    from zeroconv.controlnet_core.record import Row
+
+    def recorded(strength: float) -> tuple[Run, Row]:
+        control = Control("lines", strength=strength, options={"guidance": guidance})
+        scene = host.apply("ApplyControl", host.scene("sdxl"), "sdxl", control)
+        model, record = host.call("RecordControl", model=scene.model)
+        run = host.sample(Scene(model, scene.positive, scene.negative))
+        (panel,) = record.panels
+        assert panel.title == "sdxl_lines.safetensors" and len(panel.rows) == STEPS
+        return run, panel.rows[0]
+
+    (run, row), (_, twice) = recorded(0.01), recorded(0.02)
+    has_layers = [any(f"blocks_{i}_1_" in name for name in states["lines"]) for i in range(9)]
+    assert [ratio is not None for ratio in row.ratios] == [*has_layers, True]
+    first = has_layers.index(True)
+    assert row.ratios[first] is not None and twice.ratios[first] == pytest.approx(2 * row.ratios[first], rel=0.02)
+    plain = Control("lines", strength=0.01, options={"guidance": guidance})
+    scene = host.apply("ApplyControl", host.scene("sdxl"), "sdxl", plain)
+    assert torch.equal(run.latent, host.sample(scene).latent)
+
+
 # -- dosing -----------------------------------------------------------------------------------------------------------
 
 

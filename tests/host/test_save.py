@@ -407,6 +407,17 @@ def test_loras_on_the_model_are_part_of_what_is_copied(host: Host, loaded: bool)
     assert torch.equal(encoder(model)[KEY], plain)
 
 
+def test_a_difference_from_a_model_with_a_lora_is_loaded_with_the_same(host: Host):
+    control, model = host.load("sd15_depth"), host.model("sd15").clone()
+    patch = torch.full_like(encoder(model)[KEY], 0.25)
+    model.add_patches({f"diffusion_model.{KEY}": ("diff", (patch,))}, 1.0)
+    name = save(host, control, filename="difference", content="difference", base=model)
+    loaded = weights_of(load(host, name, model=model))
+    assert max((tensor - weights_of(control)[key]).abs().max().item() for key, tensor in loaded.items()) <= 1e-6
+    without = weights_of(load(host, name, model=host.model("sd15")))
+    assert torch.allclose(without[KEY], loaded[KEY] - 0.25, atol=1e-6)
+
+
 def test_a_new_control_of_a_model_that_is_no_sd_unet_is_refused(host: Host):
     model = host.model("sd15").clone()
     model.model = type("Flux", (), {"model_config": type("Flux", (), {"unet_config": {"image_model": "flux"}})()})()
