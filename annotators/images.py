@@ -20,6 +20,45 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
+def to_picture(image: np.ndarray) -> np.ndarray:
+    """Any picture as a fresh (H,W,3) float32 RGB in 0..1.
+
+    Reads (H,W), (H,W,1), (H,W,3) and (H,W,4); float in 0..1 (clipped), uint8 or uint16. Transparent pixels lie on white,
+    as in the published preprocessors (lllyasviel/ControlNet annotator/util.py). Raises AnnotatorError for anything
+    else, for a picture without pixels, and for numbers that are none.
+    """
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise AnnotatorError(
+            f"image has shape {np.shape(image)}; an annotator reads (height, width, channels) with 1, 3 or 4 channels "
+            "and at least one pixel"
+        )
+    if array.dtype in (np.uint8, np.uint16):
+        picture = array.astype(np.float32) / np.iinfo(array.dtype).max
+    elif np.issubdtype(array.dtype, np.floating):
+        picture = array.astype(np.float32)
+        if not np.isfinite(picture).all():
+            raise AnnotatorError(
+                f"image has {int((~np.isfinite(picture)).sum())} numbers that are not finite: look at the node that "
+                "made it, an overflow in half precision is the usual cause"
+            )
+        picture = picture.clip(0, 1)
+    else:
+        raise AnnotatorError(f"image is {array.dtype}; give float in 0..1, uint8 or uint16")
+    if picture.shape[2] == 4:
+        alpha = picture[:, :, 3:]
+        picture = picture[:, :, :3] * alpha + (1 - alpha)
+    return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else np.ascontiguousarray(picture)
+
+
+def pad_to_multiple(image: np.ndarray, multiple: int = 64) -> np.ndarray:
+    """The picture (H,W,C) with its last row and column repeated until both sides are multiples of `multiple`."""
+    height, width = image.shape[:2]
+    return np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="edge")
+
+
 def resize_short_side(image: np.ndarray, resolution: int) -> np.ndarray:
     """The picture (H,W,3) with its shorter side at `resolution` pixels, aspect kept; 0 keeps it as it is.
 
@@ -34,3 +73,10 @@ def resize_short_side(image: np.ndarray, resolution: int) -> np.ndarray:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     resized = cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4 if scale > 1 else cv2.INTER_AREA)
     return np.clip(resized, 0, 255 if image.dtype == np.uint8 else 1)
+
+
+def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask (H,W) in 0..1 at another size, interpolated."""
+    import cv2
+
+    return np.asarray(cv2.resize(np.asarray(mask, np.float32), (width, height), interpolation=cv2.INTER_LINEAR))

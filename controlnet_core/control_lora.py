@@ -1,8 +1,9 @@
 """Control-LoRA: a ControlNet kept as low-rank differences from its base UNet, whose layers it borrows while it runs.
 
-Where a file has `NAME.up` and `NAME.down`, the weight is base + up @ down (ComfyUI, comfy/controlnet.py; Stability AI
-published such files for SDXL). Nothing is ever merged or copied: the base's own layers are called, so that whatever the
-host does to them (offloading, casting, LoRA patches) holds for the control as well.
+Where a file has `NAME.up` and `NAME.down`, the weight is base + up @ down (ComfyUI, comfy/controlnet.py; files as
+Stability-AI/stability-ComfyUI-nodes, control_lora_save.py, writes them). Nothing is ever merged or copied: the base's
+own layers are called, so that whatever the host does to them (offloading, casting, LoRA patches) holds for the control
+as well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch.func import functional_call
 from .configuration import ConfigurationError, check_heads, describe_mismatch, family, read_unet_config
 from .controlnet import BaseMismatch, ControlNet, read_hint_encoder
 from .keys import State
-from .residuals import Residuals
 from .unet import UNetConfig
 
 Weights = dict[str, Tensor]
@@ -112,7 +112,8 @@ class ControlLora(ControlNet):
     """A ControlNet whose encoder is the base UNet's, changed by low-rank differences.
 
     `ranks` gives the rank of each layer that has a difference, `own` the state-dict keys that the control has itself;
-    every other parameter of the encoder is the base's. `bind` it to a base before it runs.
+    every other parameter of the encoder is the base's. `bind` it to a base before it runs, in the base's dtype; without
+    one it raises NotBound.
     """
 
     kind = "Control-LoRA"
@@ -150,11 +151,11 @@ class ControlLora(ControlNet):
     ) -> ControlLora:
         """A Control-LoRA as training begins: its encoder is exactly the base's, its zero convolutions are 0.
 
-        Every linear layer and convolution gets a difference of `rank`, or of the largest rank it can have; norms and
-        biases are the base's.
+        Every linear layer and convolution gets a difference of `rank`, or of its in or out channels where there are
+        fewer, as published files have it; norms and biases are the base's.
         """
         ranks = {
-            name: min(rank, layer.weight.shape[0], layer.weight[0].numel())
+            name: min(rank, *layer.weight.shape[:2])
             for name, layer in ControlNet(config, device="meta").named_modules()
             if name.startswith(BORROWED) and isinstance(layer, (nn.Linear, nn.Conv2d))
         }
@@ -238,12 +239,6 @@ class ControlLora(ControlNet):
                 full[key] = full[key].to(up.device) + (up.flatten(1) @ down.flatten(1)).reshape(like.shape)
         return full
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, guided_hint: Tensor, y: Tensor | None = None
-    ) -> Residuals:
-        """As a ControlNet's, in the dtype that the base runs in. Raises NotBound without a base."""
-        return super().forward(x, timesteps, context, guided_hint, y)
-
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
@@ -271,7 +266,7 @@ def from_control_lora(state: State) -> Weights:
 
 def to_control_lora(weights: State) -> Weights:
     """The inverse, for saving: the tensors of the file, its marker included."""
-    file = {MARKER: torch.zeros(1)}
+    file = {MARKER: torch.empty(0)}
     for key, tensor in weights.items():
         for inner, outer in ((".up.weight", ".up"), (".down.weight", ".down"), (".up.bias", ".bias")):
             if key.endswith(inner):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..annotators import ANNOTATORS
-from ..annotators.images import AnnotatorError, resize_short_side
+from ..annotators import ANNOTATORS, Annotator, Parameter, pipeline
+from ..annotators.images import AnnotatorError, fit_mask
+from .host import annotators as host_annotators
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
@@ -20,19 +20,7 @@ class Annotate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        parameters = [
-            io.Float.Input(
-                f"{annotator.name}_{parameter.name}",
-                default=parameter.default,
-                min=parameter.minimum,
-                max=parameter.maximum,
-                step=parameter.step,
-                optional=True,  # a workflow in API format that was saved before an annotator came stays valid
-                tooltip=parameter.tooltip,
-            )
-            for annotator in ANNOTATORS
-            for parameter in annotator.parameters
-        ]
+        parameters = [_input(annotator, p) for annotator in ANNOTATORS for p in annotator.parameters]
         return io.Schema(
             node_id="Annotate",
             display_name="Annotate (ZeroConv)",
@@ -69,32 +57,48 @@ class Annotate(io.ComfyNode):
         resolution: int,
         mask: torch.Tensor | None = None,
         pose_keypoints: Any = None,
-        **parameters: float,
+        **parameters: Any,
     ) -> io.NodeOutput:
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
-        if chosen.reads_mask and mask is None:
-            raise AnnotatorError(f"{annotator} needs a mask, found none: connect one, white where to paint anew")
-        annotate = chosen.load()
         own = {p.name: parameters.get(f"{annotator}_{p.name}", p.default) for p in chosen.parameters}
-        pictures = [resize_short_side(picture, resolution) for picture in image[..., :3].cpu().numpy()]
-        masks = None if mask is None else _fit(mask, pictures)
-        hints = []
-        for i, picture in enumerate(steps(pictures, cls.hidden.unique_id)):
-            reads = {"mask": masks[i].numpy()} if masks is not None and chosen.reads_mask else {}
-            hints.append(annotate(picture, **reads, **own))
-        hint = torch.from_numpy(np.stack(hints))
-        if masks is not None and not chosen.reads_mask:
-            hint = hint * masks[..., None]
-        # What marks the masked pixels need not be a colour: the picture that is shown is clamped, the hint is not.
-        return io.NodeOutput(hint, pose_keypoints or [], ui=ui.PreviewImage(hint.clamp(0, 1), cls=cls))
-
-
-def _fit(mask: torch.Tensor, pictures: list[np.ndarray]) -> torch.Tensor:
-    """A mask (H,W) or (B,H,W), one or as many as there are pictures, as (B,H,W) at their size on the CPU."""
-    rows = mask.reshape(-1, 1, *mask.shape[-2:]).cpu().float()
-    if len(rows) not in (1, len(pictures)):
-        raise AnnotatorError(
-            f"{len(pictures)} images came with {len(rows)} masks: connect one mask for all or one for each"
+        networks = host_annotators.networks(chosen.networks, cls.hidden.unique_id)
+        masks = _each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
+        frames = (
+            _each(pose_keypoints, len(image), "frames of pose_keypoints") if chosen.reads_pose else [None] * len(image)
         )
-    fitted = torch.nn.functional.interpolate(rows, size=pictures[0].shape[:2], mode="bilinear")
-    return fitted[:, 0].expand(len(pictures), -1, -1)
+        hints, found = [], []
+        for i, picture in enumerate(steps(image.cpu().numpy(), cls.hidden.unique_id)):
+            area = None if masks[i] is None else masks[i].cpu().numpy()
+            hint, frame = pipeline.annotate(
+                chosen, picture, resolution, networks=networks, mask=area, frame=frames[i], parameters=own
+            )
+            if area is not None and not chosen.reads_mask:
+                hint = hint * fit_mask(area, *hint.shape[:2])[:, :, None]
+            hints.append(torch.from_numpy(hint))
+            found += [] if frame is None else [frame]
+        hint = torch.stack(hints)
+        # What marks the masked pixels need not be a colour: the picture that is shown is clamped, the hint is not.
+        return io.NodeOutput(hint, found or pose_keypoints or [], ui=ui.PreviewImage(hint.clamp(0, 1), cls=cls))
+
+
+def _input(annotator: Annotator, parameter: Parameter) -> Any:
+    """The widget of one parameter. Optional: a workflow that was saved before an annotator came stays valid."""
+    name, default = f"{annotator.name}_{parameter.name}", parameter.default
+    said: dict[str, Any] = {"default": default, "optional": True, "tooltip": parameter.tooltip}
+    if isinstance(default, bool):
+        return io.Boolean.Input(name, **said)
+    if isinstance(default, str):
+        return io.Combo.Input(name, options=list(parameter.choices), **said)
+    if isinstance(default, int):
+        low, high, step = (int(number) for number in (parameter.minimum, parameter.maximum, parameter.step))
+        return io.Int.Input(name, min=low, max=high, step=step, **said)
+    return io.Float.Input(name, min=parameter.minimum, max=parameter.maximum, step=parameter.step, **said)
+
+
+def _each(given: Any, count: int, what: str) -> list[Any]:
+    """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
+    if given is None:
+        return [None] * count
+    if len(given) not in (1, count):
+        raise AnnotatorError(f"{count} images came with {len(given)} {what}: connect one for all or one for each")
+    return [given[i % len(given)] for i in range(count)]

@@ -17,13 +17,12 @@ from zeroconv.controlnet_core.control_lora import (
     BorrowedLayer,
     ControlLora,
     NotBound,
-    build,
     from_control_lora,
     to_control_lora,
 )
 from zeroconv.controlnet_core.controlnet import BaseMismatch, ControlNet, copy_encoder
 from zeroconv.controlnet_core.loading import LoadError, load_control
-from zeroconv.controlnet_core.unet import SD15, SDXL, UNet
+from zeroconv.controlnet_core.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
 from . import small
 from .small import Inputs, assert_within, randomise_zeros, relative_change, seeded, tensors
@@ -48,7 +47,7 @@ def control_lora_file(family: str, rank: Callable[[int], int] = lambda i: 4) -> 
     """A random Control-LoRA for `unet(family)` as it is published: the differences about as large as the weights."""
     net = randomise_zeros(seeded(ControlNet, SMALL[family]))
     random = torch.Generator().manual_seed(5)
-    file, number = {"lora_controlnet": torch.zeros(1)}, count()
+    file, number = {"lora_controlnet": torch.empty(0)}, count()
     for key, tensor in net.state_dict().items():
         name, _, part = key.rpartition(".")
         noise = torch.randn(tensor.shape, generator=random)
@@ -442,7 +441,7 @@ def test_fresh_one_is_the_bases_encoder(family: str):
     torch.manual_seed(2)
     control = ControlLora.fresh(config, rank=8)
     control.bind(base)
-    assert control.ranks == (8, 8)
+    assert control.ranks == (4, 8)  # the latent has four channels
     assert not any(r.any() for r in residuals(control, given))
     reference = ControlNet(config)
     copy_encoder(reference, base.state_dict())
@@ -479,24 +478,33 @@ def test_fresh_one_trains_and_is_saved_like_a_published_one():
         assert torch.equal(ours, theirs)
 
 
-def test_sizes_of_published_ones():
-    """Rank 128 on SDXL: 377 differences, none larger than its layer allows, and no weight of the base beside them."""
-    weights = to_control_lora(
-        {key: torch.empty(t.shape, device="meta") for key, t in _fresh_meta(SDXL, 128).state_dict().items()}
-    )
-    assert weights["input_blocks.0.0.up"].shape == (320, 36, 1, 1)
-    assert weights["input_blocks.8.1.transformer_blocks.9.ff.net.0.proj.down"].shape == (128, 1280)
-    control = build(from_control_lora(weights), device="meta")
-    assert control.config == replace(SDXL, head_dim=64)
-    assert control.ranks == (36, 128)
-    assert build(from_control_lora(to_control_lora(_fresh_meta(SD15, 64).state_dict())), device="meta").config == SD15
-    own = sum(p.numel() for p in control.parameters())
-    borrowed = sum(p.numel() for n, p in ControlNet(SDXL, device="meta").named_parameters() if n.startswith(ENCODER))
-    assert own < borrowed / 5
-    assert sum(isinstance(m, BorrowedLayer) and m.rank > 0 for m in control.modules()) == sum(
-        key.endswith(".up") for key in weights
-    )
+@pytest.mark.parametrize(("rank", "parameters"), [(128, 197_779_104), (256, 387_137_184)])
+def test_published_sdxl_files(rank: int, parameters: int):
+    """Their 1228 tensors: 383 layers as up and down; norms, biases and the control's own parts whole."""
+    full = ControlNet(SDXL, device="meta").state_dict()
+    file = {"lora_controlnet": torch.empty(0)}
+    for key, tensor in full.items():
+        if key.startswith(ENCODER) and tensor.ndim > 1:
+            r = min(rank, *tensor.shape[:2])
+            file[key.replace(".weight", ".up")] = tensor.new_empty(tensor.shape[0], r, *[1] * (tensor.ndim - 2))
+            file[key.replace(".weight", ".down")] = tensor.new_empty(r, *tensor.shape[1:])
+        else:
+            file[key] = tensor
+    assert len(file) == 1228
+    assert file["input_blocks.0.0.up"].shape == (320, 4, 1, 1) and file["input_blocks.0.0.down"].shape == (4, 4, 3, 3)
+    found = load_control(file, device="meta")
+    control = found.control
+    assert (control.config, control.family, control.ranks) == (SDXL, "SDXL", (4, rank))
+    assert sum(isinstance(module, BorrowedLayer) for module in control.modules()) == 383
+    assert control.mismatch(SDXL) is None
+    assert sum(p.numel() for p in control.parameters()) == parameters
 
 
-def _fresh_meta(config, rank: int) -> ControlLora:
-    return ControlLora.fresh(config, rank, device="meta")
+@pytest.mark.parametrize(("config", "rank"), [(SD15, 64), (SD21, 32), (SDXL, 128)])
+def test_fresh_ones_have_the_sizes_of_published_ones(config: UNetConfig, rank: int):
+    control = ControlLora.fresh(config, rank, device="meta")
+    file = to_control_lora(control.state_dict())
+    assert file["input_blocks.0.0.down"].shape == (4, 4, 3, 3)
+    assert file["input_blocks.1.0.out_layers.3.down"].shape == (rank, 320, 3, 3)
+    again = load_control(file, device="meta").control
+    assert (again.config, again.ranks) == (config, (4, rank))

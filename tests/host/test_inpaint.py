@@ -54,12 +54,12 @@ def test_each_picture_of_a_batch_has_its_own_mask_or_all_have_one(host: Host):
 
 
 def test_a_mask_for_nobody_is_refused(host: Host):
-    with pytest.raises(Exception, match="2 images came with 3 masks: connect one mask for all or one for each"):
+    with pytest.raises(Exception, match="2 images came with 3 masks: connect one for all or one for each"):
         annotate(host, image=picture(3, batch=2), mask=WHITE_RIGHT.expand(3, -1, -1))
 
 
 def test_without_a_mask_it_says_what_to_connect(host: Host):
-    with pytest.raises(Exception, match="inpaint needs a mask, found none: connect one, white where to paint anew"):
+    with pytest.raises(Exception, match="inpaint: found no mask: connect one, white where to paint anew"):
         annotate(host, mask=None)
 
 

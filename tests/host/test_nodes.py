@@ -14,8 +14,26 @@ if TYPE_CHECKING:
 
 from zeroconv.annotators.canny import canny
 
+DOSE = ["strength", "start", "end", "unit", "guidance", "resize"]
+EXTRAS = ["stack", "mask", "schedule", "block_weights"]
+# required inputs come first, as the host lists them
 CONTRACT = {
     "LoadControlNet": (["control_net_name", "weight_dtype", "control_type", "model"], ["control_net"]),
+    "ApplyControl": (["model", *DOSE, "control_net", "image", *EXTRAS, "vae"], ["model"]),
+    "ApplyControlToPrompt": (
+        ["positive", "negative", *DOSE, "control_net", "image", *EXTRAS, "vae"],
+        ["positive", "negative"],
+    ),
+    "StackControls": (["control_net", "image", *DOSE, *EXTRAS], ["stack"]),
+    "ControlSchedule": (["curve", "keyframes", "unit", "per_image"], ["schedule"]),
+    "ControlBlockWeights": (["preset", "falloff", "skips", "middle"], ["block_weights"]),
+    "RecordControl": (["model"], ["model", "record"]),
+    "ControlReport": (["record", "latent"], ["report", "heat_map"]),
+    "NewControlNet": (["model", "hint_channels", "hint_encoder"], ["control_net"]),
+    "SaveControlNet": (
+        ["control_net", "filename", "layout", "dtype", "content", "base", "target"],
+        ["control_net_name"],
+    ),
     "Annotate": (
         [
             *("image", "annotator", "resolution", "canny_low", "canny_high", "inpaint_masked_value"),
@@ -30,6 +48,45 @@ CONTRACT = {
         ["image", "depth", "pose", "canny", "pose_keypoints", "prompt"],
     ),
 }
+
+
+TYPES = {
+    "ControlSchedule": "CONTROL_SCHEDULE",
+    "ControlBlockWeights": "CONTROL_BLOCK_WEIGHTS",
+    "StackControls": "CONTROL_NET_STACK",
+    "NewControlNet": "CONTROL_NET",
+}
+
+
+def test_every_node_of_the_pack_is_in_the_contract(host: Host):
+    assert set(host.ours) == set(CONTRACT)
+
+
+@pytest.mark.parametrize("node", ["ApplyControl", "ApplyControlToPrompt", "StackControls"])
+def test_nodes_that_dose_take_what_the_dosing_nodes_give(host: Host, node: str):
+    declared = host.ours[node].INPUT_TYPES()
+    taken = {name: kind for part in declared.values() for name, (kind, *_) in part.items()}
+    for maker, kind in TYPES.items():
+        (output,) = host.ours[maker].GET_SCHEMA().outputs
+        assert output.get_io_type() == kind
+    assert taken["schedule"] == "CONTROL_SCHEDULE"
+    assert taken["block_weights"] == "CONTROL_BLOCK_WEIGHTS"
+    assert taken["stack"] == "CONTROL_NET_STACK"
+    assert taken["control_net"] == "CONTROL_NET"
+
+
+@pytest.mark.parametrize(
+    ("node", "defaults"),
+    [
+        ("ApplyControl", {"unit": "percent", "guidance": "both", "resize": "crop", "start": 0.0, "end": 1.0}),
+        ("ControlSchedule", {"curve": "fade out", "keyframes": "", "unit": "window", "per_image": ""}),
+        ("ControlBlockWeights", {"preset": "soft", "falloff": 0.825, "skips": "", "middle": 1.0}),
+        ("SaveControlNet", {"layout": "ldm", "dtype": "as loaded", "content": "control"}),
+    ],
+)
+def test_defaults_are_those_that_workflows_rely_on(host: Host, node: str, defaults: dict[str, object]):
+    required = host.ours[node].INPUT_TYPES()["required"]
+    assert {name: required[name][1]["default"] for name in defaults} == defaults
 
 
 @pytest.mark.parametrize("node", CONTRACT)
