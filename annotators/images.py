@@ -23,9 +23,9 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
 def to_picture(image: np.ndarray) -> np.ndarray:
     """Any picture as a fresh (H,W,3) float32 RGB in 0..1.
 
-    Reads (H,W), (H,W,1), (H,W,3) and (H,W,4); float in 0..1 (clipped), uint8 or uint16. Transparent pixels lie on white,
-    as in the published preprocessors (lllyasviel/ControlNet annotator/util.py). Raises AnnotatorError for anything
-    else, for a picture without pixels, and for numbers that are none.
+    Reads (H,W), (H,W,1), (H,W,3) and (H,W,4); float in 0..1 (clipped), uint8 or uint16. Transparent pixels lie on
+    white, as in the published preprocessors (lllyasviel/ControlNet annotator/util.py). Raises AnnotatorError for
+    anything else, for a picture without pixels, and for numbers that are none.
     """
     array = np.asarray(image)
     if array.ndim == 2:

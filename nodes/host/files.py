@@ -30,6 +30,7 @@ from .networks import (
     UnionControl,
     set_control_type,
 )
+from .weights import base_weights
 
 KINDS: dict[type, type[NetworkControl]] = {
     ControlNet: ControlNetControl,
@@ -73,7 +74,7 @@ def load(
         state,
         metadata,
         name=name,
-        base=None if model is None else _base_weights(model),
+        base=None if model is None else base_weights(model),
         operations=operations,
         dtype=stored,
         device=comfy.model_management.unet_offload_device(),
@@ -93,10 +94,3 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise
     return state, metadata or {}
 
-
-def _base_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The UNet's weights of the host's MODEL, patches not applied, keys without prefix."""
-    prefix = "diffusion_model."
-    return {
-        key.removeprefix(prefix): value for key, value in model.model_state_dict().items() if key.startswith(prefix)
-    }

@@ -195,7 +195,8 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def set_control_type(control: NetworkControl, control_type: str) -> None:
     """Tell a control what its hint is: "auto", "shuffle", or one of the Union's types; raises where that means nothing.
 
-    A file whose name ends with shuffle is one, as the host takes it: its weights look like any other's.
+    A file that SaveControlNet wrote says so itself, and one whose name ends with shuffle is one, as the host takes it:
+    its weights look like any other's.
     """
     union = isinstance(control, UnionControl)
     if control_type in TYPES and union:
@@ -214,5 +215,6 @@ def set_control_type(control: NetworkControl, control_type: str) -> None:
     elif control_type == "shuffle" and type(control) is not ControlNetControl:
         raise ControlError(f"{control.name} is a {control.network.kind}, which has no shuffle: choose auto")
     elif type(control) is ControlNetControl:
+        said = control.loaded.metadata.get("control_type")
         stem = control.name.rpartition(".")[0].removesuffix("_fp16")
-        control.global_average_pooling = control_type == "shuffle" or stem.endswith("_shuffle")
+        control.global_average_pooling = "shuffle" in (control_type, said) or stem.endswith("_shuffle")

@@ -131,11 +131,12 @@ def test_same_latent_as_native(host: Host, family: str, options: dict[str, Any])
     assert_hint_matters(host, scene(host, family), native, family, **options)
 
 
-def test_in_the_hosts_own_apply_node(host: Host):
+@pytest.mark.parametrize("native", [False, True], ids=["ours in the host's node", "the host's in our node"])
+def test_in_the_others_apply_node(host: Host, native: bool):
     start = scene(host, "sd15")
-    ours = host.sample(native_apply(host, start, load(host, "sd15"), strength=0.7))
-    native = host.sample(native_apply(host, start, load(host, "sd15", native=True), strength=0.7))
-    assert_same(ours, native, host.sample(start))
+    crossed = (apply if native else native_apply)(host, start, load(host, "sd15", native=native), strength=0.7)
+    reference = host.sample(native_apply(host, start, load(host, "sd15", native=True), strength=0.7))
+    assert_same(host.sample(crossed), reference, host.sample(start))
 
 
 def test_beside_a_controlnet_and_twice(host: Host):

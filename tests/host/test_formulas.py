@@ -60,7 +60,7 @@ RESOLUTION = {  # the paper's 64/h at 512 pixels: h relative to the latent's own
 @pytest.mark.parametrize("family", RESOLUTION)
 def test_cfg_resolution_is_the_papers_weights_on_the_prompts_half(host: Host, family: str, size: tuple[int, int]):
     control = Control(strength=0.6, size=(1, 8 * size[0], 8 * size[1]))
-    sampler = {"latent_image": latent(1, *size)}
+    sampler: dict[str, Any] = {"latent_image": latent(1, *size)}
     weights = RESOLUTION[family]
     expected = host.sample(formula(host, control, lambda i, _: weights[i], family, positive_only=True), **sampler)
     for way in WAYS:
@@ -101,7 +101,7 @@ def ramp(height: int = 128, width: int = 128) -> Tensor:
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_soft_mask_is_averaged_to_each_residuals_size(host: Host, way: str, family: str):
     def weight(_: int, residual: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(ramp()[:, None], residual.shape[2:])
+        return F.interpolate(ramp()[:, None], size=residual.shape[2:], mode="area")
 
     expected = host.sample(formula(host, Control(strength=0.8), weight, family))
     run = host.sample(host.apply(way, host.scene(family), family, Control(strength=0.8, options={"mask": ramp()})))
@@ -111,10 +111,10 @@ def test_a_soft_mask_is_averaged_to_each_residuals_size(host: Host, way: str, fa
 @pytest.mark.parametrize("way", ["ApplyControl", "ApplyControlToPrompt"])
 def test_a_batch_of_masks_is_one_for_each_picture(host: Host, way: str):
     masks = torch.cat([ramp(), 1 - ramp(), torch.zeros(1, 128, 128)])
-    sampler = {"latent_image": latent(3)}
+    sampler: dict[str, Any] = {"latent_image": latent(3)}
 
     def weight(_: int, residual: Tensor) -> Tensor:
-        one = F.adaptive_avg_pool2d(masks[:, None], residual.shape[2:])
+        one = F.interpolate(masks[:, None], size=residual.shape[2:], mode="area")
         return one.repeat(len(residual) // 3, 1, 1, 1)
 
     expected = host.sample(formula(host, Control(), weight), **sampler)
@@ -195,7 +195,7 @@ def test_a_hint_of_the_latents_size_is_never_resampled(host: Host, monkeypatch: 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_hint_is_for_all_frames(host: Host, way: str):
-    sampler = {"latent_image": latent(3)}
+    sampler: dict[str, Any] = {"latent_image": latent(3)}
     one = host.sample(host.apply(way, host.scene(), "sd15", Control()), **sampler)
     three = Control(options={"image": Control().image.repeat(3, 1, 1, 1)})
     each = host.sample(host.apply(way, host.scene(), "sd15", three), **sampler)
