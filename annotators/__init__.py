@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from math import pi
 from typing import Any
 
 
@@ -51,6 +52,8 @@ class Annotator:
         return getattr(import_module(f".{module}", __package__), function)
 
 
+_SAFE = Parameter("safe", True, "Soft edges of black, grey and white alone: no faint texture comes through.")
+
 ANNOTATORS: tuple[Annotator, ...] = (
     # -- edges and lines ---------------------------------------------------------------------------------------------
     Annotator(
@@ -59,11 +62,112 @@ ANNOTATORS: tuple[Annotator, ...] = (
         (
             Parameter("low", 100.0, "A gradient below this is no edge.", 0.0, 255.0, 1.0),
             Parameter("high", 200.0, "A gradient above this always is an edge.", 0.0, 255.0, 1.0),
+            Parameter(
+                "backend",
+                "cv2",
+                "cv2 is what the published Canny controls were trained on; kornia runs on the GPU and finds fewer edges.",
+                choices=("cv2", "kornia"),
+            ),
         ),
     ),
+    Annotator(
+        "hough_lines",
+        "lines:hough_lines",
+        (
+            Parameter("low", 50.0, "Canny's lower threshold: a gradient below this is no edge.", 0.0, 255.0, 1.0),
+            Parameter("high", 100.0, "Canny's upper threshold: a gradient above this is an edge.", 0.0, 255.0, 1.0),
+            Parameter("smoothing", 1.5, "Blur before the edges are sought, in pixels; 0 is none.", 0.0, 10.0, 0.1),
+            Parameter("votes", 10, "How many edge pixels a line needs at least.", 1, 200, 1),
+            Parameter("length", 25, "Shortest line, in pixels.", 1, 1000, 1),
+            Parameter("gap", 3, "Widest gap in a line, in pixels.", 0, 100, 1),
+            Parameter("seed", 0, "The transform takes edge pixels in a random order: this one.", 0, 2147483647, 1),
+        ),
+    ),
+    Annotator(
+        "lsd",
+        "lines:lsd",
+        (Parameter("length", 20, "Shortest line, in pixels.", 0, 1000, 1),),
+    ),
+    Annotator("hed", "hed:hed", (_SAFE,), networks=("hed",)),
+    Annotator(
+        "mlsd",
+        "mlsd:mlsd",
+        (
+            Parameter("score_threshold", 0.1, "A line of which the network is less sure than this is left out."),
+            Parameter(
+                "dist_threshold", 0.1, "A line shorter than this is left out: 1 is 2 pixels.", 0.0, 20.0, 0.1
+            ),
+        ),
+        networks=("mlsd",),
+    ),
     # -- drawings ----------------------------------------------------------------------------------------------------
+    Annotator("scribble", "drawings:scribble"),
+    Annotator(
+        "scribble_xdog",
+        "drawings:scribble_xdog",
+        (Parameter("threshold", 32, "Lower draws more strokes.", 1, 64, 1),),
+    ),
+    Annotator(
+        "lineart_standard",
+        "drawings:lineart_standard",
+        (
+            Parameter("sigma", 6.0, "How far around a pixel is looked, in pixels: higher is softer.", 0.1, 100.0, 0.1),
+            Parameter("threshold", 8, "Differences up to this do not count when brightness is set.", 0, 16, 1),
+        ),
+    ),
+    Annotator(
+        "cartoon_lines",
+        "drawings:cartoon_lines",
+        (
+            Parameter("width", 1.4, "Half a line's width, in pixels.", 0.5, 10.0, 0.1),
+            Parameter("smoothing", 0.1, "Colours that differ by less become one. Higher drops more detail.", 0.01, 1.0),
+            Parameter("threshold", 0.01, "How much darker than around it a line is. Higher drops faint lines.", 0.0, 0.5),
+        ),
+    ),
+    Annotator(
+        "threshold",
+        "drawings:threshold",
+        (Parameter("level", 100, "Grey levels above this become white; 0 chooses the level by itself.", 0, 255, 1),),
+    ),
+    Annotator(
+        "scribble_hed",
+        "hed:scribble_hed",
+        (
+            _SAFE,
+            Parameter("threshold", 127.0, "Only soft edges brighter than this get a stroke.", 0.0, 255.0, 1.0),
+        ),
+        networks=("hed",),
+    ),
+    Annotator("lineart_realistic", "lineart:lineart", networks=("lineart_realistic",)),
+    Annotator("lineart_coarse", "lineart:lineart", networks=("lineart_coarse",)),
+    Annotator("lineart_anime", "lineart:lineart_anime", networks=("lineart_anime",)),
     # -- depth and normals -------------------------------------------------------------------------------------------
+    Annotator(
+        "normal_from_depth",
+        "normals:normal_from_depth",
+        (
+            Parameter("background", 0.4, "Depths below this, black being 0 and white 1, become flat."),
+            Parameter("strength", 2 * pi, "Lower makes slopes steeper.", 0.1, 5 * pi, 0.1),
+            Parameter("smoothing", 1.5, "Blur against the steps of 8-bit depth, in pixels; 0 is none.", 0.0, 20.0, 0.1),
+            Parameter(
+                "front",
+                "blue",
+                "Colour of what faces the viewer: blue for ControlNet 1.1 and newer, red for the normal ControlNet 1.0.",
+                choices=("blue", "red"),
+            ),
+        ),
+    ),
     # -- segments ----------------------------------------------------------------------------------------------------
+    Annotator(
+        "superpixels",
+        "superpixels:superpixels",
+        (
+            Parameter("count", 200, "About how many patches.", 1, 10000, 1),
+            Parameter("compactness", 10.0, "Higher makes square patches, lower lets them follow colour.", 0.01, 100.0),
+            Parameter("colours", "mean", "Each patch's own mean, or colours at random.", choices=("mean", "palette")),
+            Parameter("seed", 0, "Which random colours.", 0, 2147483647, 1),
+        ),
+    ),
     # -- pose --------------------------------------------------------------------------------------------------------
     # -- colour and texture ------------------------------------------------------------------------------------------
     Annotator(
@@ -80,6 +184,32 @@ ANNOTATORS: tuple[Annotator, ...] = (
             ),
         ),
         reads_mask=True,
+    ),
+    Annotator(
+        "tile",
+        "colour:tile",
+        (Parameter("halvings", 3, "How many times the picture is halved before it is enlarged again.", 1, 6, 1),),
+    ),
+    Annotator(
+        "blur",
+        "colour:blur",
+        (Parameter("sigma", 9.0, "Radius of the Gaussian, in pixels.", 0.1, 64.0, 0.1),),
+    ),
+    Annotator(
+        "luminance",
+        "colour:luminance",
+        (Parameter("gamma", 1.0, "Above 1 darkens the middle greys, below 1 brightens them.", 0.1, 2.0),),
+    ),
+    Annotator(
+        "intensity",
+        "colour:intensity",
+        (Parameter("gamma", 1.0, "Above 1 darkens the middle greys, below 1 brightens them.", 0.1, 2.0),),
+    ),
+    Annotator("color", "colour:color"),
+    Annotator(
+        "shuffle",
+        "colour:shuffle",
+        (Parameter("seed", 0, "Another number pushes the picture about in another way.", 0, 2147483647, 1),),
     ),
 )
 """In the order in which the node's inputs came to be: saved workflows count on it, so that entries are never moved."""

@@ -77,15 +77,15 @@ def family(config: UNetConfig) -> str:
     return "SD2.x" if config.use_linear else "SD1.x"
 
 
-def describe_mismatch(control: UNetConfig, model: UNetConfig) -> str | None:
-    """Why a control of this configuration does not fit the model, in one sentence; `None` when it fits.
+def describe_mismatch(control: UNetConfig, model: UNetConfig, kind: str = "ControlNet") -> str | None:
+    """Why a control of this kind and configuration does not fit the model, in one sentence; `None` when it fits.
 
     Transformers may differ in depth: residuals do not depend on it (SDXL has controls with no attention at all). A
     model that takes more than the latent (inpainting) hands its control the latent alone.
     """
     ours, theirs = family(control), family(model)
     if ours != theirs:
-        return f"this ControlNet is made for {ours}, the model is {theirs}: load a control made for {theirs}"
+        return f"this {kind} is made for {ours}, the model is {theirs}: load a control made for {theirs}"
     latents = {model.in_channels, model.out_channels}
     contexts = {control.context_dim, model.context_dim}
     for what, found, expected, fits in (
@@ -99,7 +99,7 @@ def describe_mismatch(control: UNetConfig, model: UNetConfig) -> str | None:
         if found != expected and not fits:
             found, expected = (" ".join(map(str, n)) if isinstance(n, tuple) else n for n in (found, expected))
             return (
-                f"this {ours} ControlNet has {found} {what}, the {theirs} model {expected}: "
+                f"this {ours} {kind} has {found} {what}, the {theirs} model {expected}: "
                 "load a control made for this model"
             )
     return None

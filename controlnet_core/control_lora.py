@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .configuration import ConfigurationError, check_heads, describe_mismatch, family, read_unet_config
+from .configuration import ConfigurationError, check_heads, family, read_unet_config
 from .controlnet import BaseMismatch, ControlNet, read_hint_encoder
-from .keys import State
+from .keys import State, Weights, times
 from .unet import UNetConfig
-
-Weights = dict[str, Tensor]
 
 BORROWED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 """The parts that a base UNet has too; the rest of a ControlNet is always its own."""
@@ -185,7 +183,7 @@ class ControlLora(ControlNet):
 
         Stricter than for a ControlNet: what it borrows must be there in the same sizes.
         """
-        found = describe_mismatch(self.config, model)
+        found = super().mismatch(model)
         if found:
             return found
         for what, of in (
@@ -231,7 +229,7 @@ class ControlLora(ControlNet):
                 continue
             if key not in base_weights or base_weights[key].shape != like.shape:
                 raise BaseMismatch(
-                    f"the base UNet lacks {key} of {_times(like)}: give the weights of the model that this "
+                    f"the base UNet lacks {key} of {times(like)}: give the weights of the model that this "
                     "Control-LoRA was made for"
                 )
             full[key] = base_weights[key].detach().float()
@@ -313,7 +311,7 @@ def _factor(state: State, name: str, part: str) -> Tensor:
     columns = down.flatten(1).shape[1] if down.ndim > 1 else 0
     if up.ndim < 2 or up.flatten(1).shape[1] != down.shape[0] or columns == 0 or columns % (kernel or 1) ** 2:
         raise ConfigurationError(
-            f"{name}.up is {_times(up)} and {name}.down {_times(down)}: expected out x rank and rank x in, for a "
+            f"{name}.up is {times(up)} and {name}.down {times(down)}: expected out x rank and rank x in, for a "
             "convolution rank x in x height x width of its kernel"
         )
     if kernel is not None:
@@ -366,10 +364,6 @@ def _sizes(layer: nn.Module) -> dict[str, Any]:
 
 def _text(sizes: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items()) or "no such layer"
-
-
-def _times(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
 
 
 def _depths(config: UNetConfig) -> tuple[int, ...]:

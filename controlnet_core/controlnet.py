@@ -124,7 +124,7 @@ class ControlNet(Encoder):
 
     def mismatch(self, model: UNetConfig) -> str | None:
         """Why this does not fit the model, in one sentence; `None` when it fits."""
-        return describe_mismatch(self.config, model)
+        return describe_mismatch(self.config, model, self.kind)
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """Hint (B, hint_channels, 8H, 8W) in [0,1] -> guided hint (B, model_channels, H, W); once per sampling."""
@@ -177,7 +177,7 @@ def read_hint_encoder(weights: State) -> tuple[int, str]:
 
 
 class BaseMismatch(ValueError):
-    """A ControlNet cannot begin as a copy of this base."""
+    """A base UNet that a control cannot begin as a copy of, or run on."""
 
 
 def copy_encoder(control: ControlNet, unet_weights: Mapping[str, Tensor]) -> None:

@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from . import control_lora, controlnet, lllite, t2i_adapter, union
 from .diagnosis import OTHER_CONTROLS, diagnose
-from .keys import Condition, State, has, numbered, some
+from .keys import Condition, State, Weights, has, numbered, renamed, some
 from .unet import UNetConfig
-
-Weights = dict[str, Tensor]
 
 CONTROL = "control_model."
 """Where a checkpoint of the whole training model keeps its ControlNet (lllyasviel/ControlNet, cldm/cldm.py)."""
@@ -134,7 +130,7 @@ def from_diffusers(state: State) -> Weights:
         hint_blocks=numbered(state, "controlnet_cond_embedding.blocks."),
         fusion_layers=numbered(state, FUSION),
     )
-    return convolve_projections(_renamed(state, dict(names)))
+    return convolve_projections(renamed(state, dict(names)))
 
 
 def to_diffusers(state: State, config: UNetConfig) -> Weights:
@@ -145,7 +141,7 @@ def to_diffusers(state: State, config: UNetConfig) -> Weights:
         hint_blocks=(numbered(state, "input_hint_block.") - 3) // 2,  # layer, activation, layer, ...
         fusion_layers=numbered(state, FUSION),
     )
-    return _renamed(state, {ldm: diffusers for diffusers, ldm in names})
+    return renamed(state, {ldm: diffusers for diffusers, ldm in names})
 
 
 def _names(
@@ -191,18 +187,6 @@ def _names(
     for i in range(fusion_layers):
         for part in ("weight", "bias"):
             yield f"{FUSION}{i}.attn.in_proj_{part}", f"{FUSION}{i}.attn.in_proj.{part}"
-
-
-def _renamed(state: State, names: Mapping[str, str]) -> Weights:
-    """`state` with the longest known module name that each key begins with replaced; unknown keys stay."""
-
-    def renamed(key: str) -> str:
-        module = key
-        while module and module not in names:
-            module = module.rpartition(".")[0]
-        return names[module] + key.removeprefix(module) if module else key
-
-    return {renamed(key): tensor for key, tensor in state.items()}
 
 
 # -- the list ---------------------------------------------------------------------------------------------------------

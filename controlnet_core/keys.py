@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 State = Mapping[str, Tensor]
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,20 @@ def numbered(state: State, prefix: str) -> int:
     """
     numbers = (key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix))
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def renamed(state: State, names: Mapping[str, str]) -> Weights:
+    """`state` with the longest known module name that each key begins with replaced; unknown keys stay."""
+
+    def new_name(key: str) -> str:
+        module = key
+        while module and module not in names:
+            module = module.rpartition(".")[0]
+        return names[module] + key.removeprefix(module) if module else key
+
+    return {new_name(key): tensor for key, tensor in state.items()}
+
+
+def times(tensor: Tensor) -> str:
+    """A shape as errors write it, such as 320x4x3x3."""
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .configuration import ConfigurationError, check_heads, read_unet_config
-from .formats import UnknownFormat, Weights, detect, from_diffusers
-from .keys import State, has
+from .formats import UnknownFormat, detect, from_diffusers
+from .keys import State, Weights, has, times
 from .unet import UNet
 
 NEW = ("zero_convs.", "middle_block_out.", "input_hint_block.")
@@ -123,8 +123,8 @@ def _add_base(differences: State, base: State | None, name: str) -> Weights:
             weights[key] = difference
         elif base[key].shape != difference.shape:
             raise LoadError(
-                f"{name}: these weights are differences from a base model whose {key} is {_shape(difference)}, "
-                f"the given model's is {_shape(base[key])}: {connect}"
+                f"{name}: these weights are differences from a base model whose {key} is {times(difference)}, "
+                f"the given model's is {times(base[key])}: {connect}"
             )
         else:
             weights[key] = difference.float() + base[key].to(difference.device, torch.float32)
@@ -138,7 +138,7 @@ def _fill(network: nn.Module, weights: State, name: str, dtype: torch.dtype, dev
         "missing": [key for key in own if key not in weights],
         "unknown": [key for key in weights if key not in own],
         "of a wrong shape": [
-            f"{key} (expected {_shape(own[key])}, found {_shape(tensor)})"
+            f"{key} (expected {times(own[key])}, found {times(tensor)})"
             for key, tensor in weights.items()
             if key in own and tensor.shape != own[key].shape
         ],
@@ -152,10 +152,6 @@ def _fill(network: nn.Module, weights: State, name: str, dtype: torch.dtype, dev
 
 def _few(keys: list[str]) -> str:
     return ", ".join(keys[:3] + ["..."] * (len(keys) > 3))
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -15,14 +15,13 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from . import t2i_adapter
 from .configuration import read_unet_config
 from .control_lora import BORROWED, full_shapes, to_control_lora
 from .controlnet import ControlNet, copy_encoder
-from .formats import CONTROL, Weights, to_diffusers
-from .keys import State
+from .formats import CONTROL, to_diffusers
+from .keys import State, Weights, times
 from .loading import usual_dtype
 from .unet import UNetConfig
 
@@ -176,17 +175,13 @@ def _in_base(control: State, base: State, name: str) -> set[str]:
     """The keys of `control` that come from a base UNet, all of which `base` has in the same shapes."""
     shared = {key for key in control if key.startswith(BORROWED)}
     for key in sorted(shared):
-        found = "no such weights" if key not in base else _shape(base[key])
-        if found != _shape(control[key]):
+        found = "no such weights" if key not in base else times(base[key])
+        if found != times(control[key]):
             raise SaveError(
-                f"the {name} model does not fit the control: expected {key} of {_shape(control[key])}, found {found}: "
+                f"the {name} model does not fit the control: expected {key} of {times(control[key])}, found {found}: "
                 "connect a model of the size and family that the control was made for"
             )
     return shared
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
 
 
 def fresh(config: UNetConfig, base: State, hint_channels: int = 3, hint_encoder: str = "released") -> ControlNet:

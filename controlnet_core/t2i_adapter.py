@@ -13,13 +13,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration import ConfigurationError, family
-from .keys import Condition, State, has, numbered, some
+from .configuration import ConfigurationError, family, shape_of
+from .keys import Condition, State, Weights, has, numbered, renamed, some
 from .layers import Downsample
 from .residuals import Residuals
 from .unet import UNetConfig
-
-Weights = dict[str, Tensor]
 
 
 class AdapterError(ValueError):
@@ -246,7 +244,7 @@ def read_adapter_config(weights: State) -> AdapterConfig:
     """
     light = "body.0.out_conv.weight" in weights
     first = "body.0.in_conv.weight" if light else "conv_in.weight"
-    unshuffled = _shape(weights, first)[1]
+    unshuffled = shape_of(weights, first, 4)[1]
     if unshuffled not in LAYERS:
         raise ConfigurationError(
             f"{first} reads {unshuffled} channels: expected 64 or 192 (SD1.x, one or three hint channels) or 256 or "
@@ -260,11 +258,11 @@ def read_adapter_config(weights: State) -> AdapterConfig:
     every = entries // STAGES
     last = "out_conv" if light else "block1"
     return AdapterConfig(
-        channels=tuple(_shape(weights, f"body.{every * stage}.{last}.weight")[0] for stage in range(STAGES)),
+        channels=tuple(shape_of(weights, f"body.{every * stage}.{last}.weight", 4)[0] for stage in range(STAGES)),
         hint_channels=LAYERS[unshuffled][0],
         hint_multiple=LAYERS[unshuffled][1],
         blocks=numbered(weights, "body.0.body.") if light else every,
-        kernel=3 if light else _shape(weights, "body.0.block2.weight")[2],
+        kernel=3 if light else shape_of(weights, "body.0.block2.weight", 4)[2],
         light=light,
         learned_halving=some(ends=".down_opt.op.weight")(weights),
     )
@@ -296,7 +294,7 @@ def from_diffusers(state: State) -> Weights:
     """The canonical weights of a diffusers T2IAdapter; keys that it does not have stay, to be named on loading."""
     light = f"{PREFIX}body.0.out_conv.weight" in state
     names = dict(_names(light, numbered(state, f"{PREFIX}body."), numbered(state, f"{PREFIX}body.0.resnets.")))
-    return _renamed(state, names)
+    return renamed(state, names)
 
 
 def to_diffusers(weights: State) -> Weights:
@@ -306,7 +304,7 @@ def to_diffusers(weights: State) -> Weights:
         what = "halves with convolutions" if config.learned_halving else "has 3x3 kernels where diffusers has 1x1"
         raise AdapterError(f"this T2I-Adapter {what}, which diffusers' network cannot: save it in its own layout (ldm)")
     names = _names(config.light, STAGES, config.blocks)
-    return _renamed(weights, {ours: theirs for theirs, ours in names})
+    return renamed(weights, {ours: theirs for theirs, ours in names})
 
 
 def _names(light: bool, stages: int, blocks: int) -> Iterator[tuple[str, str]]:
@@ -320,21 +318,3 @@ def _names(light: bool, stages: int, blocks: int) -> Iterator[tuple[str, str]]:
             block = f"body.{i}.body.{j}" if light else f"body.{blocks * i + j}"
             for part in ("block1", "block2"):
                 yield f"{PREFIX}body.{i}.resnets.{j}.{part}", f"{block}.{part}"
-
-
-def _renamed(state: State, names: Mapping[str, str]) -> Weights:
-    def renamed(key: str) -> str:
-        module, _, parameter = key.rpartition(".")
-        return f"{names[module]}.{parameter}" if module in names else key
-
-    return {renamed(key): tensor for key, tensor in state.items()}
-
-
-def _shape(weights: State, key: str) -> tuple[int, ...]:
-    """The four numbers of a convolution's weight."""
-    if key not in weights:
-        raise ConfigurationError(f"{key} is missing, of which the adapter's size is read")
-    shape = tuple(weights[key].shape)
-    if len(shape) != 4 or 0 in shape:
-        raise ConfigurationError(f"{key} has shape {'x'.join(map(str, shape))}: expected 4 dimensions")
-    return shape

@@ -93,4 +93,3 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         read_weights(path)
         raise
     return state, metadata or {}
-

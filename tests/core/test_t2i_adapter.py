@@ -306,7 +306,7 @@ def test_what_diffusers_cannot_express_is_not_written_in_its_layout():
 @pytest.mark.parametrize(
     ("key", "shape", "says"),
     [
-        ("conv_in.weight", None, "conv_in.weight is missing, of which the adapter's size is read"),
+        ("conv_in.weight", None, "conv_in.weight is missing, of which the network's size is read"),
         ("conv_in.weight", (32, 4, 3, 3), "conv_in.weight reads 4 channels: expected 64 or 192"),
         ("conv_in.weight", (32, 192), "conv_in.weight has shape 32x192: expected 4 dimensions"),
         ("body.8.block1.weight", (1, 1, 1, 1), "body has 9 entries: expected 4 stages of equal length"),

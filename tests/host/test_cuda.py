@@ -23,7 +23,7 @@ WAYS_TO_RUN = {
 
 
 @pytest.mark.parametrize("precision", WAYS_TO_RUN)
-@pytest.mark.parametrize("tests", ["test_parity.py", "test_dosing_off.py", "test_integrity.py"])
+@pytest.mark.parametrize("tests", ["test_parity.py", "test_dosing_off.py", "test_integrity.py", "test_lllite.py"])
 def test_on_cuda(comfy_path: Path, tests: str, precision: str):
     flags, tolerance = WAYS_TO_RUN[precision]
     environment = {"ZEROCONV_HOST_ARGS": flags, "ZEROCONV_HOST_TOLERANCE": tolerance, "COMFYUI_PATH": str(comfy_path)}

@@ -1,0 +1,95 @@
+"""Hints that keep colour or brightness and give up detail: tile, blur, recolor, palette and shuffle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PALETTE_CELL = 64
+SHUFFLE_CELL = 256
+
+
+def tile(image: np.ndarray, halvings: int = 3) -> np.ndarray:
+    """The picture (H,W,3), 0..1, at a size 2^`halvings` times smaller, and smoothly enlarged again: (H,W,3) float32.
+
+    Area averages, then OpenCV's pyrUp (Fannovel16/comfyui_controlnet_aux tile). Sides that the factor does not divide
+    are padded with their last pixel meanwhile, so that nothing moves.
+    """
+    import cv2
+
+    from .images import pad_to_multiple
+
+    height, width = image.shape[:2]
+    padded = pad_to_multiple(image, 2**halvings)
+    small = (padded.shape[1] // 2**halvings, padded.shape[0] // 2**halvings)
+    hint = cv2.resize(padded, small, interpolation=cv2.INTER_AREA)
+    for _ in range(halvings):
+        hint = cv2.pyrUp(hint)
+    return hint[:height, :width].clip(0, 1)
+
+
+def blur(image: np.ndarray, sigma: float = 9.0) -> np.ndarray:
+    """The picture (H,W,3), 0..1, under a Gaussian of `sigma` pixels (Mikubill/sd-webui-controlnet blur_gaussian)."""
+    import cv2
+
+    return cv2.GaussianBlur(image, (0, 0), sigma).clip(0, 1)
+
+
+def luminance(image: np.ndarray, gamma: float = 1.0) -> np.ndarray:
+    """The lightness of CIE Lab of an RGB picture (H,W,3), 0..1, to the power `gamma`, as grey (H,W,3) float32 0..1.
+
+    For recolor controls, which were trained on black-and-white pictures. Mikubill/sd-webui-controlnet
+    recolor_luminance reads RGB as BGR, so that its reds are dark and its blues bright; here they are as seen.
+    """
+    import cv2
+
+    lightness = cv2.cvtColor(image, cv2.COLOR_RGB2Lab)[:, :, :1] / 100
+    return np.repeat(lightness.clip(0, 1) ** np.float32(gamma), 3, axis=2)
+
+
+def intensity(image: np.ndarray, gamma: float = 1.0) -> np.ndarray:
+    """The largest channel (the V of HSV) of a picture (H,W,3), 0..1, to the power `gamma`, as grey (H,W,3) float32.
+
+    Mikubill/sd-webui-controlnet recolor_intensity.
+    """
+    return np.repeat(image.max(axis=2, keepdims=True) ** np.float32(gamma), 3, axis=2)
+
+
+def color(image: np.ndarray) -> np.ndarray:
+    """A grid of plain colours, one for each 64 pixels of a side, of a picture (H,W,3), 0..1: (H,W,3) float32.
+
+    Cubic to the grid and nearest back, as T2I-Adapter's color adapter was trained (Fannovel16/comfyui_controlnet_aux
+    color).
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    grid = (max(1, width // PALETTE_CELL), max(1, height // PALETTE_CELL))
+    cells = cv2.resize(image, grid, interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    return cv2.resize(cells, (width, height), interpolation=cv2.INTER_NEAREST)
+
+
+def shuffle(image: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A picture (H,W,3), 0..1, with its content pushed about in waves of about 256 pixels: (H,W,3) float32.
+
+    Each pixel is read from a place that two smooth noises give, one for x and one for y, both stretched over the whole
+    picture (lllyasviel/ControlNet-v1-1-nightly annotator/shuffle).
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    generator = np.random.default_rng(seed)
+    from_x, from_y = (_smooth_noise(height, width, generator) * (side - 1) for side in (width, height))
+    return cv2.remap(image, from_x.astype(np.float32), from_y.astype(np.float32), cv2.INTER_LINEAR)
+
+
+def _smooth_noise(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
+    """Noise (height,width) from 0 to 1 whose waves are 256 pixels long."""
+    import cv2
+
+    cell = SHUFFLE_CELL
+    noise = generator.uniform(size=(height // cell + 2, width // cell + 2))
+    noise = cv2.resize(noise, (width + 2 * cell, height + 2 * cell), interpolation=cv2.INTER_CUBIC)
+    noise = noise[cell : cell + height, cell : cell + width]
+    noise = noise - noise.min()
+    # A single pixel has no range; any place in it is the right one.
+    return noise / max(float(noise.max()), 1e-12)

@@ -1,0 +1,222 @@
+"""Weights on demand: the files of networks are looked for where people keep them, else fetched from the hub."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .images import AnnotatorError
+from .networks import File, Network
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many are here; may raise, which stops the download: the next one goes on from there."""
+
+ETAG_TIMEOUT = 30.0
+"""Seconds that the hub has for saying how large a file is."""
+
+
+def find(network: Network, folders: Sequence[Path]) -> list[Path] | None:
+    """The network's files in their order, or `None` when one is missing.
+
+    Each is looked for in every folder as REPOSITORY/NAME (as this pack and comfyui_controlnet_aux keep them), as
+    NAME in a folder called like the repository without its owner, and, if the network is that one file, by its name
+    alone; then in the hub's own cache. A file that cannot be the published one is passed over, with a warning.
+    """
+    paths = _found(network, folders)
+    return [path for path in paths if path is not None] if all(paths) else None
+
+
+def fetch(network: Network, folders: Sequence[Path], progress: Progress) -> list[Path]:
+    """The network's files in their order: those that `find` finds, the others fetched into the first of `folders`.
+
+    A download that broke off goes on where it stopped; a file appears under its name when it is whole and its size and
+    checksum are right. Nothing that lies there is overwritten. Raises AnnotatorError, which says what is missing,
+    where to get it and where to put it.
+    """
+    found = _found(network, folders)
+    paths = [path or place(file, folders[0]) for file, path in zip(network.files, found)]
+    missing = [(file, path) for file, path, here in zip(network.files, paths, found) if here is None]
+    for file, path in missing:
+        if path.exists():
+            raise AnnotatorError(
+                f"{network.name}: {path} is {_refusal(file, path.stat().st_size)}: move it away, and the published "
+                "file is fetched"
+            )
+    offers = [(_offer(network, file, folders), path) for file, path in missing]
+    total = sum(offer.size for offer, _ in offers)
+    done = 0
+    for offer, path in offers:
+        _download(network, offer, path, folders, lambda here, before=done: progress(before + here, total))
+        done += offer.size
+    return paths
+
+
+def place(file: File, folder: Path) -> Path:
+    """Where `fetch` puts a file, and where to put it by hand."""
+    return folder / file.repository / file.name
+
+
+def _found(network: Network, folders: Sequence[Path]) -> list[Path | None]:
+    """Each of the network's files that lies in one of the folders or in the hub's cache."""
+    return [_found_file(file, folders, alone=len(network.files) == 1) for file in network.files]
+
+
+def _found_file(file: File, folders: Sequence[Path], alone: bool) -> Path | None:
+    import huggingface_hub
+
+    name = Path(file.name)
+    ways = [Path(file.repository) / name, Path(file.repository.split("/")[-1]) / name, *([Path(name.name)] * alone)]
+    candidates = [folder / way for folder in folders for way in ways]
+    cached = huggingface_hub.try_to_load_from_cache(file.repository, file.name)
+    candidates += [Path(cached)] if isinstance(cached, str) else []
+    for path in candidates:
+        if path.is_file():
+            refusal = _refusal(file, path.stat().st_size)
+            if refusal is None:
+                return path
+            logging.getLogger(__name__).warning("%s is %s: passed over", path, refusal)
+    return None
+
+
+def _refusal(file: File, size: int) -> str | None:
+    """Why a file of so many bytes cannot be the published one."""
+    exact = file.sha256 is not None
+    if size == file.size or (not exact and 2 * size >= file.size):
+        return None
+    return f"{size} bytes, where {file.name} of {file.repository} has {'' if exact else 'about '}{file.size}"
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What the hub says about a file: `url` means this very version of it."""
+
+    file: File
+    url: str
+    size: int
+    etag: str
+
+    @property
+    def sha256(self) -> str | None:
+        """The checksum: the hub's own, which it gives for large files, or the table's."""
+        return self.etag if re.fullmatch("[0-9a-f]{64}", self.etag) else self.file.sha256
+
+
+def _offer(network: Network, file: File, folders: Sequence[Path]) -> _Offer:
+    """Asks the hub for a file's size and version; for the public file, without anyone's token."""
+    import huggingface_hub as hub
+
+    try:
+        url = hub.hf_hub_url(file.repository, file.name)
+        said = hub.get_hf_file_metadata(url, token=False, timeout=ETAG_TIMEOUT)
+    except _network_errors() as error:
+        raise AnnotatorError(_by_hand(network, file, folders, _reason(error))) from error
+    if said.size is None or said.etag is None:
+        raise AnnotatorError(_by_hand(network, file, folders, f"the answer from {url} is not one of the hub's"))
+    offer = _Offer(file, hub.hf_hub_url(file.repository, file.name, revision=said.commit_hash), said.size, said.etag)
+    refusal = _refusal(file, offer.size)
+    if refusal is None and file.sha256 not in (None, offer.sha256):
+        refusal = f"a file with checksum {offer.sha256}, where the published one has {file.sha256}"
+    if refusal is not None:
+        raise AnnotatorError(_by_hand(network, file, folders, f"the hub offers {refusal}"))
+    return offer
+
+
+def _download(
+    network: Network, offer: _Offer, path: Path, folders: Sequence[Path], progress: Callable[[int], None]
+) -> None:
+    """Fetches one file to `path`; until it is whole it lies beside it, under a name that tells its version."""
+    from huggingface_hub.file_download import http_get
+
+    part = path.with_name(f"{path.name}.{offer.etag[:16]}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _Part(part, progress) as stream:
+            here = stream.tell()
+            if shutil.disk_usage(path.parent).free < offer.size - here:
+                raise OSError(errno.ENOSPC, f"{offer.size - here} bytes are to come")
+            progress(here)
+            if here < offer.size:
+                # The library's own resumable download, the same in all its versions; bytes come as they are, not zipped.
+                http_get(
+                    offer.url,
+                    stream,
+                    resume_size=here,
+                    expected_size=offer.size,
+                    headers={"Accept-Encoding": "identity"},
+                    displayed_filename=offer.file.name,
+                )
+            stream.flush()
+            os.fsync(stream.fileno())
+        if part.stat().st_size != offer.size or offer.sha256 not in (None, _sha256(part)):
+            part.unlink()
+            raise AnnotatorError(_by_hand(network, offer.file, folders, "what came has another size or checksum"))
+        part.replace(path)
+    except _network_errors() as error:
+        kept = part.stat().st_size if part.exists() else 0
+        reason = f"{_reason(error)} ({kept} of {offer.size} bytes are here; the next run goes on from there)"
+        raise AnnotatorError(_by_hand(network, offer.file, folders, reason)) from error
+
+
+class _Part(io.BufferedRandom):
+    """A file that grows at its end and tells how large it is."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None]):
+        super().__init__(io.FileIO(path, "ab+"))  # type: ignore[arg-type]
+        self.seek(0, os.SEEK_END)
+        self._progress = progress
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        written = super().write(data)
+        self._progress(self.tell())
+        return written
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    """Everything that goes wrong with disks and networks; which library the hub speaks HTTP with is its own affair."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *HfHubHTTPError.__bases__)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a few words."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return f"the hub answers {status}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.strerror}"
+    said = str(error).strip() or "no reason given"
+    return f"{type(error).__name__}: {said.splitlines()[0]}"
+
+
+def _by_hand(network: Network, file: File, folders: Sequence[Path], reason: str) -> str:
+    """The text of an error: which file is missing and why, where to get it, where to put it."""
+    import huggingface_hub
+
+    url = huggingface_hub.hf_hub_url(file.repository, file.name)
+    looked = ", ".join(str(folder) for folder in folders)
+    return (
+        f"{network.name} needs {file.name} of {file.repository} (about {max(file.size, 100_000) / 1e6:.1f} MB), which "
+        f"could not be fetched: {reason}. Get it from {url} and put it at {place(file, folders[0])}. It was looked for "
+        f"in {looked} and in the hub's own cache"
+    )

@@ -1,0 +1,28 @@
+"""Superpixels: patches of similar colour. They know nothing of what they show; semantic segments are in segments.py."""
+
+from __future__ import annotations
+
+import numpy as np
+
+COLOURS = ("mean", "palette")
+
+
+def superpixels(
+    image: np.ndarray, count: int = 200, compactness: float = 10.0, colours: str = "mean", seed: int = 0
+) -> np.ndarray:
+    """About `count` patches of similar colour of an RGB picture (H,W,3), 0..1, in flat colours: (H,W,3) float32 0..1.
+
+    scikit-image's SLIC in CIE Lab; a high `compactness` makes patches square, a low one lets them follow colour.
+    `colours` are the mean of each patch, or drawn at random from `seed`.
+    """
+    from skimage.segmentation import slic
+
+    labels = slic(image, n_segments=count, compactness=compactness, start_label=0, channel_axis=2)
+    total = int(labels.max()) + 1
+    if colours == "palette":
+        table = np.random.default_rng(seed).integers(0, 256, (total, 3)) / 255
+    else:
+        flat = labels.ravel()
+        size = np.maximum(np.bincount(flat, minlength=total), 1)
+        table = np.stack([np.bincount(flat, image[:, :, c].ravel(), total) / size for c in range(3)], axis=1)
+    return table.astype(np.float32)[labels]
