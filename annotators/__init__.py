@@ -54,6 +54,9 @@ class Annotator:
 
 _SAFE = Parameter("safe", True, "Soft edges of black, grey and white alone: no faint texture comes through.")
 
+_POSE_STYLE = "openpose is what published pose controls read; coco17 the 17 joints as Openpifpaf paints them."
+_XINSIR_STICKS = "Wider limbs, as xinsir's SDXL openpose ControlNet was trained; for style openpose."
+
 ANNOTATORS: tuple[Annotator, ...] = (
     # -- edges and lines ---------------------------------------------------------------------------------------------
     Annotator(
@@ -65,7 +68,7 @@ ANNOTATORS: tuple[Annotator, ...] = (
             Parameter(
                 "backend",
                 "cv2",
-                "cv2 is what the published Canny controls were trained on; kornia runs on the GPU and finds fewer edges.",
+                "cv2 is what published Canny controls were trained on; kornia runs on the GPU and finds fewer edges.",
                 choices=("cv2", "kornia"),
             ),
         ),
@@ -94,9 +97,7 @@ ANNOTATORS: tuple[Annotator, ...] = (
         "mlsd:mlsd",
         (
             Parameter("score_threshold", 0.1, "A line of which the network is less sure than this is left out."),
-            Parameter(
-                "dist_threshold", 0.1, "A line shorter than this is left out: 1 is 2 pixels.", 0.0, 20.0, 0.1
-            ),
+            Parameter("dist_threshold", 0.1, "A line shorter than this is left out: 1 is 2 pixels.", 0.0, 20.0, 0.1),
         ),
         networks=("mlsd",),
     ),
@@ -121,7 +122,7 @@ ANNOTATORS: tuple[Annotator, ...] = (
         (
             Parameter("width", 1.4, "Half a line's width, in pixels.", 0.5, 10.0, 0.1),
             Parameter("smoothing", 0.1, "Colours that differ by less become one. Higher drops more detail.", 0.01, 1.0),
-            Parameter("threshold", 0.01, "How much darker than around it a line is. Higher drops faint lines.", 0.0, 0.5),
+            Parameter("threshold", 0.01, "How much darker than its surroundings a line is.", 0.0, 0.5),
         ),
     ),
     Annotator(
@@ -147,15 +148,34 @@ ANNOTATORS: tuple[Annotator, ...] = (
         "normals:normal_from_depth",
         (
             Parameter("background", 0.4, "Depths below this, black being 0 and white 1, become flat."),
-            Parameter("strength", 2 * pi, "Lower makes slopes steeper.", 0.1, 5 * pi, 0.1),
+            Parameter("strength", 6.28, "Lower makes slopes steeper.", 0.1, 15.7),
             Parameter("smoothing", 1.5, "Blur against the steps of 8-bit depth, in pixels; 0 is none.", 0.0, 20.0, 0.1),
             Parameter(
                 "front",
                 "blue",
-                "Colour of what faces the viewer: blue for ControlNet 1.1 and newer, red for the normal ControlNet 1.0.",
+                "Colour of what faces the viewer: blue for ControlNet 1.1 and newer, red for ControlNet 1.0.",
                 choices=("blue", "red"),
             ),
         ),
+    ),
+    Annotator("depth_large", "depth:depth_midas", networks=("dpt_large",)),
+    Annotator("depth_small", "depth:depth_midas", networks=("dpt_hybrid",)),
+    Annotator("depth_anything", "depth:depth_anything", networks=("depth_anything_v2_small",)),
+    Annotator("depth_zoe", "depth:depth_zoe", networks=("zoedepth",)),
+    Annotator(
+        "normal_midas",
+        "depth:normal_midas",
+        (
+            Parameter("background", 0.1, "Depths below this, farthest being 0 and nearest 1, become flat."),
+            Parameter("strength", 2 * pi, "Lower makes slopes steeper.", 0.1, 5 * pi, 0.1),
+            Parameter(
+                "front",
+                "red",
+                "Colour of what faces the viewer: red for the normal ControlNet 1.0, blue for 1.1 and newer.",
+                choices=("red", "blue"),
+            ),
+        ),
+        networks=("dpt_hybrid",),
     ),
     # -- segments ----------------------------------------------------------------------------------------------------
     Annotator(
@@ -163,12 +183,39 @@ ANNOTATORS: tuple[Annotator, ...] = (
         "superpixels:superpixels",
         (
             Parameter("count", 200, "About how many patches.", 1, 10000, 1),
-            Parameter("compactness", 10.0, "Higher makes square patches, lower lets them follow colour.", 0.01, 100.0),
+            Parameter("compactness", 30.0, "Higher makes square patches, lower lets them follow colour.", 0.01, 100.0),
             Parameter("colours", "mean", "Each patch's own mean, or colours at random.", choices=("mean", "palette")),
             Parameter("seed", 0, "Which random colours.", 0, 2147483647, 1),
         ),
     ),
+    Annotator("segments_ade20k", "segments:segments_ade20k", networks=("oneformer_ade20k",), packages=("scipy",)),
+    Annotator("segments_coco", "segments:segments_coco", networks=("oneformer_coco",), packages=("scipy",)),
     # -- pose --------------------------------------------------------------------------------------------------------
+    Annotator(
+        "pose",
+        "pose:pose",
+        (
+            Parameter("style", "openpose", _POSE_STYLE, choices=("openpose", "coco17")),
+            Parameter("body", True, "Draw bodies."),
+            Parameter("hands", True, "Draw hands where the keypoints have them; style openpose alone does."),
+            Parameter("face", True, "Draw faces where the keypoints have them; style openpose alone does."),
+            Parameter("xinsir_sticks", False, _XINSIR_STICKS),
+        ),
+        reads_pose=True,
+    ),
+    Annotator(
+        "human_pose",
+        "pose_estimation:human_pose",
+        (
+            Parameter("detection_threshold", 0.3, "Whom the detector is less sure to be a person is left out."),
+            Parameter("keypoint_threshold", 0.3, "A joint of which the network is less sure than this is left out."),
+            Parameter("style", "openpose", _POSE_STYLE, choices=("openpose", "coco17")),
+            Parameter("xinsir_sticks", False, _XINSIR_STICKS),
+        ),
+        networks=("person_detector", "pose_estimator"),
+        packages=("transformers",),
+        gives_pose=True,
+    ),
     # -- colour and texture ------------------------------------------------------------------------------------------
     Annotator(
         "inpaint",

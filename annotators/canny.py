@@ -45,6 +45,7 @@ def _kornia_canny(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
         picture = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None].float() / 255
-        # OpenCV takes the thresholds in either order, kornia does not.
-        edges = kornia_canny(picture, min(low, high) / 255, max(low, high) / 255)[1]
+        # OpenCV takes the thresholds in either order and from 0 to any; kornia wants 0 < lower <= upper < 1.
+        lower, upper = (min(max(value / 255, 1e-6), 1 - 1e-6) for value in sorted((low, high)))
+        edges = kornia_canny(picture, lower, upper)[1]
     return edges[0, 0].cpu().numpy()

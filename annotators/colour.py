@@ -11,16 +11,17 @@ SHUFFLE_CELL = 256
 def tile(image: np.ndarray, halvings: int = 3) -> np.ndarray:
     """The picture (H,W,3), 0..1, at a size 2^`halvings` times smaller, and smoothly enlarged again: (H,W,3) float32.
 
-    Area averages, then OpenCV's pyrUp (Fannovel16/comfyui_controlnet_aux tile). Sides that the factor does not divide
-    are padded with their last pixel meanwhile, so that nothing moves.
+    Area averages, then OpenCV's pyrUp (Fannovel16/comfyui_controlnet_aux tile). pyrUp puts an average where the first
+    of its pixels was, so that the published hint lies half a cell (3.5 pixels at the default) to the upper left of its
+    picture: here cells begin half a cell before the picture, and nothing moves by more than half a pixel.
     """
     import cv2
 
-    from .images import pad_to_multiple
-
     height, width = image.shape[:2]
-    padded = pad_to_multiple(image, 2**halvings)
-    small = (padded.shape[1] // 2**halvings, padded.shape[0] // 2**halvings)
+    cell = 2**halvings
+    sides = [(cell // 2, cell - 1 - (side + cell // 2 - 1) % cell) for side in (height, width)]
+    padded = np.pad(image, (*sides, (0, 0)), mode="edge")
+    small = (padded.shape[1] // cell, padded.shape[0] // cell)
     hint = cv2.resize(padded, small, interpolation=cv2.INTER_AREA)
     for _ in range(halvings):
         hint = cv2.pyrUp(hint)

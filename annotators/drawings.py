@@ -8,7 +8,7 @@ from .images import to_bytes
 
 FLATTENING_PASSES = 3
 XDOG_RATIO = 1.6
-"""Of the two Gaussians: nearest to the Laplacian (Winnemoeller, Kyprianidis, Olsen: XDoG, 2012), as is the soft step."""
+"""Of the two Gaussians, nearest to the Laplacian; it and the soft step are from XDoG (Winnemoeller et al., 2012)."""
 LINE_SHARPNESS = 30.0
 
 
@@ -32,9 +32,8 @@ def scribble_xdog(image: np.ndarray, threshold: int = 32) -> np.ndarray:
 
     pixels = to_bytes(image).astype(np.float32)
     around, here = (cv2.GaussianBlur(pixels, (0, 0), sigma) for sigma in (5.0, 0.5))
-    # The published code truncates 255 - difference to whole numbers: that is a difference rounded up.
-    darker = np.ceil((around - here).min(axis=2))
-    return _white_where(2 * darker > threshold)
+    lighter = (255 - (around - here).min(axis=2)).clip(0, 255).astype(int)
+    return _white_where(2 * (255 - lighter) > threshold)
 
 
 def lineart_standard(image: np.ndarray, sigma: float = 6.0, threshold: int = 8) -> np.ndarray:
@@ -55,6 +54,7 @@ def lineart_standard(image: np.ndarray, sigma: float = 6.0, threshold: int = 8) 
 def cartoon_lines(image: np.ndarray, width: float = 1.4, smoothing: float = 0.1, threshold: float = 0.01) -> np.ndarray:
     """The lines of a drawing in flat colours, (H,W,3) float32 0..1, soft at their rims.
 
+    `image` is RGB (H,W,3), float 0..1 or uint8.
     A bilateral filter flattens what differs by less than about `smoothing` of the full range: hatching, grain, shading.
     Then a line, or the darker side of a border between two colours, is where any channel is darker than its
     surroundings by more than `threshold`; `width` is the Gaussian's in pixels, and about half of a line's. The paper's
@@ -62,7 +62,7 @@ def cartoon_lines(image: np.ndarray, width: float = 1.4, smoothing: float = 0.1,
     """
     import cv2
 
-    flat = np.asarray(image, np.float32)
+    flat = to_bytes(image).astype(np.float32) / 255
     for _ in range(FLATTENING_PASSES):
         flat = cv2.bilateralFilter(flat, d=9, sigmaColor=smoothing, sigmaSpace=4.0)
     around, here = (cv2.GaussianBlur(flat, (0, 0), sigma) for sigma in (XDOG_RATIO * width, width))

@@ -19,29 +19,31 @@ from .networks import File, Network
 Progress = Callable[[int, int], None]
 """Told how many bytes of how many are here; may raise, which stops the download: the next one goes on from there."""
 
+SETTINGS = 1_000_000
+"""Files of fewer bytes are settings, which may change at their source; of unknown checksum, any size will do."""
+
 ETAG_TIMEOUT = 30.0
 """Seconds that the hub has for saying how large a file is."""
 
 
-def find(network: Network, folders: Sequence[Path]) -> list[Path] | None:
-    """The network's files in their order, or `None` when one is missing.
+def find(network: Network, folders: Sequence[Path]) -> list[Path | None]:
+    """The network's files in their order, `None` for each that is missing.
 
     Each is looked for in every folder as REPOSITORY/NAME (as this pack and comfyui_controlnet_aux keep them), as
     NAME in a folder called like the repository without its owner, and, if the network is that one file, by its name
     alone; then in the hub's own cache. A file that cannot be the published one is passed over, with a warning.
     """
-    paths = _found(network, folders)
-    return [path for path in paths if path is not None] if all(paths) else None
+    return [_found(file, folders, alone=len(network.files) == 1) for file in network.files]
 
 
 def fetch(network: Network, folders: Sequence[Path], progress: Progress) -> list[Path]:
     """The network's files in their order: those that `find` finds, the others fetched into the first of `folders`.
 
-    A download that broke off goes on where it stopped; a file appears under its name when it is whole and its size and
-    checksum are right. Nothing that lies there is overwritten. Raises AnnotatorError, which says what is missing,
-    where to get it and where to put it.
+    A download that broke off goes on where it stopped, but for the library's last 10 MB; a file appears under its name
+    when it is whole and its size and checksum are right. Nothing that lies there is overwritten. Raises AnnotatorError,
+    which says what is missing, where to get it and where to put it.
     """
-    found = _found(network, folders)
+    found = find(network, folders)
     paths = [path or place(file, folders[0]) for file, path in zip(network.files, found)]
     missing = [(file, path) for file, path, here in zip(network.files, paths, found) if here is None]
     for file, path in missing:
@@ -64,12 +66,8 @@ def place(file: File, folder: Path) -> Path:
     return folder / file.repository / file.name
 
 
-def _found(network: Network, folders: Sequence[Path]) -> list[Path | None]:
-    """Each of the network's files that lies in one of the folders or in the hub's cache."""
-    return [_found_file(file, folders, alone=len(network.files) == 1) for file in network.files]
-
-
-def _found_file(file: File, folders: Sequence[Path], alone: bool) -> Path | None:
+def _found(file: File, folders: Sequence[Path], alone: bool) -> Path | None:
+    """The file, if it lies in one of the folders or in the hub's cache; `alone` when its network has no other."""
     import huggingface_hub
 
     name = Path(file.name)
@@ -89,7 +87,7 @@ def _found_file(file: File, folders: Sequence[Path], alone: bool) -> Path | None
 def _refusal(file: File, size: int) -> str | None:
     """Why a file of so many bytes cannot be the published one."""
     exact = file.sha256 is not None
-    if size == file.size or (not exact and 2 * size >= file.size):
+    if size == file.size or (not exact and (2 * size >= file.size or file.size < SETTINGS)):
         return None
     return f"{size} bytes, where {file.name} of {file.repository} has {'' if exact else 'about '}{file.size}"
 
@@ -144,7 +142,7 @@ def _download(
                 raise OSError(errno.ENOSPC, f"{offer.size - here} bytes are to come")
             progress(here)
             if here < offer.size:
-                # The library's own resumable download, the same in all its versions; bytes come as they are, not zipped.
+                # The library's own resumable download, alike in all its versions; bytes come as they are, not zipped.
                 http_get(
                     offer.url,
                     stream,

@@ -13,7 +13,7 @@ class File:
     """One file of weights or settings in a repository of the Hugging Face hub.
 
     With a `sha256`, `size` is exact, in bytes, and both are checked; without, the hub's own checksum is, and `size`
-    only tells a whole file from a stump: anything from half of it on may be the file.
+    only tells weights from a stump of them: anything from half of it on may be the file.
     """
 
     repository: str
@@ -48,13 +48,17 @@ NETWORKS: tuple[Network, ...] = (
         "hed",
         "hed:build",
         # In half precision.
-        _annotators("ControlNetHED.pth", 29_444_406, "5ca93762ffd68a29fee1af9d495bf6aab80ae86f08905fb35472a083a4c7a8fa"),
+        _annotators(
+            "ControlNetHED.pth", 29_444_406, "5ca93762ffd68a29fee1af9d495bf6aab80ae86f08905fb35472a083a4c7a8fa"
+        ),
         "Apache-2.0 (lllyasviel/ControlNet-v1-1-nightly, annotator/hed)",
     ),
     Network(
         "mlsd",
         "mlsd:build",
-        _annotators("mlsd_large_512_fp32.pth", 6_341_481, "5696f168eb2c30d4374bbfd45436f7415bb4d88da29bea97eea0101520fba082"),
+        _annotators(
+            "mlsd_large_512_fp32.pth", 6_341_481, "5696f168eb2c30d4374bbfd45436f7415bb4d88da29bea97eea0101520fba082"
+        ),
         "Apache-2.0 (navervision/mlsd)",
     ),
     Network(
@@ -74,6 +78,109 @@ NETWORKS: tuple[Network, ...] = (
         "lineart:build_anime",
         _annotators("netG.pth", 217_631_959, "ccabdcc3f5cf3c07cf65d58776acb21df7dfda825cdc70c9766a93fd62bfc488"),
         "MIT (Mukosame/Anime2Sketch)",
+    ),
+    # -- depth, normals and segments ---------------------------------------------------------------------------------
+    Network(
+        "dpt_large",
+        "depth:build_dpt",
+        (File("Intel/dpt-large", "config.json", 942), File("Intel/dpt-large", "model.safetensors", 1_367_456_044)),
+        "Apache-2.0",
+    ),
+    Network(
+        "dpt_hybrid",
+        "depth:build_dpt",
+        (
+            File("Intel/dpt-hybrid-midas", "config.json", 1_000),
+            File(
+                "Intel/dpt-hybrid-midas",
+                "pytorch_model.bin",
+                489_648_389,
+                "b6c4d44f9d96ca3fa76dd3bbb153989a60b4ad5526559f3c598562a368d687ec",
+            ),
+        ),
+        "Apache-2.0",
+    ),
+    # Of Depth Anything V2 the small network alone: the larger ones are CC-BY-NC-4.0.
+    Network(
+        "depth_anything_v2_small",
+        "depth:build_depth_anything",
+        (
+            File("depth-anything/Depth-Anything-V2-Small-hf", "config.json", 950),
+            File(
+                "depth-anything/Depth-Anything-V2-Small-hf",
+                "model.safetensors",
+                99_173_660,
+                "3152477ce0d8d6978d76b995120de97cb5b928701fd0f817769f59e249a16b70",
+            ),
+        ),
+        "Apache-2.0",
+    ),
+    Network(
+        "zoedepth",
+        "depth:build_zoe",
+        (
+            File(
+                "Intel/zoedepth-nyu-kitti",
+                "config.json",
+                2_225,
+                "58494c160c520023c4d5bdeebb3b2d035e37e48cc81225580f49fcb06e175913",
+            ),
+            File(
+                "Intel/zoedepth-nyu-kitti",
+                "model.safetensors",
+                1_380_374_404,
+                "c5494fa0938f18d71e215e245472470c3aefebd7b434abd89750e5ae4008e2dc",
+            ),
+        ),
+        "MIT",
+    ),
+    Network(
+        "oneformer_ade20k",
+        "segments:build_ade20k",
+        (
+            File(
+                "shi-labs/oneformer_ade20k_swin_large",
+                "config.json",
+                84_289,
+                "27452b656a467dbdebdf879dc413d6f3facd2bfe3643824ae66c32c22884b4bd",
+            ),
+            File(
+                "shi-labs/oneformer_ade20k_swin_large",
+                "pytorch_model.bin",
+                879_517_517,
+                "c0b2fe11dfecee6f2f1f315f466946e96f4e94813f3f6d660ff3747b83c28cc9",
+            ),
+        ),
+        "MIT",
+    ),
+    Network(
+        "oneformer_coco",
+        "segments:build_coco",
+        (
+            File("shi-labs/oneformer_coco_swin_large", "config.json", 82_600),
+            File("shi-labs/oneformer_coco_swin_large", "pytorch_model.bin", 879_000_000),
+        ),
+        "MIT",
+    ),
+    # -- pose --------------------------------------------------------------------------------------------------------
+    Network(
+        "person_detector",
+        "pose_estimation:build_detector",
+        (
+            File("PekingU/rtdetr_r50vd_coco_o365", "config.json", 5_110),
+            File("PekingU/rtdetr_r50vd_coco_o365", "model.safetensors", 172_000_000),
+        ),
+        "Apache-2.0",
+    ),
+    # Published as Apache-2.0; its training began at weights of MAE (facebookresearch/mae, CC BY-NC 4.0).
+    Network(
+        "pose_estimator",
+        "pose_estimation:build_estimator",
+        (
+            File("usyd-community/vitpose-base-simple", "config.json", 1_800),
+            File("usyd-community/vitpose-base-simple", "model.safetensors", 344_000_000),
+        ),
+        "Apache-2.0",
     ),
 )
 """Every network that an annotator may ask for."""

@@ -37,14 +37,15 @@ def normals_of_depth(
 def normal_from_depth(
     image: np.ndarray,
     background: float = 0.4,
-    strength: float = 2 * math.pi,
+    strength: float = 6.28,
     smoothing: float = 1.5,
     front: str = "blue",
 ) -> np.ndarray:
     """Normals (H,W,3) float32 0..1 of a depth picture (H,W,3), 0..1, near is white.
 
     The depth counts in grey levels, 0..255. A picture of 8 bits has steps of one, which would show as terraces: a
-    Gaussian of `smoothing` pixels goes over them first, 0 for none. The others as in `normals_of_depth`.
+    Gaussian of `smoothing` pixels goes over them first, 0 for none. The others as in `normals_of_depth`; the
+    published strength, 2 pi, is rounded to what a widget shows.
     """
     import cv2
 

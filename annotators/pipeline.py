@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,7 +20,7 @@ def annotate(
     image: np.ndarray,
     resolution: int = 0,
     *,
-    networks: Sequence[Any] = (),
+    networks: Sequence[Any] | Callable[[], Sequence[Any]] = (),
     mask: np.ndarray | None = None,
     frame: Mapping[str, Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -28,9 +28,9 @@ def annotate(
     """The hint (h,w,3) float32 of a picture, and the POSE_KEYPOINT frame of an annotator that gives one.
 
     `image` is whatever `images.to_picture` reads; `resolution` is the short side of the hint in pixels, 0 the picture's
-    own. `networks` are those that the annotator names, loaded; `mask` (H,W) in 0..1 and the POSE_KEYPOINT `frame` are
-    for annotators that read them. A parameter that is left out has its default. The picture stays as it is. Raises
-    AnnotatorError, which names the annotator.
+    own. `networks` are those that the annotator names, loaded, or what gives them: it is called when all else is in
+    order. `mask` (H,W) in 0..1 and the POSE_KEYPOINT `frame` are for annotators that read them. A parameter that is
+    left out has its default. The picture stays as it is. Raises AnnotatorError, which names the annotator.
     """
     missing = [package for package in annotator.packages if find_spec(package) is None]
     if missing:
@@ -52,7 +52,8 @@ def annotate(
             if frame is None:
                 raise AnnotatorError("found no pose_keypoints: connect a node that gives them")
             given["frame"] = frame
-        made = annotator.load()(*networks, picture, **given)
+        function = annotator.load()
+        made = function(*(networks() if callable(networks) else networks), picture, **given)
     except AnnotatorError as error:
         raise AnnotatorError(f"{annotator.name}: {error}") from error
     hint, found = made if annotator.gives_pose else (made, None)

@@ -8,7 +8,7 @@ COLOURS = ("mean", "palette")
 
 
 def superpixels(
-    image: np.ndarray, count: int = 200, compactness: float = 10.0, colours: str = "mean", seed: int = 0
+    image: np.ndarray, count: int = 200, compactness: float = 30.0, colours: str = "mean", seed: int = 0
 ) -> np.ndarray:
     """About `count` patches of similar colour of an RGB picture (H,W,3), 0..1, in flat colours: (H,W,3) float32 0..1.
 

@@ -8,6 +8,7 @@ from .dosing import ControlBlockWeights, ControlSchedule
 from .inspect import InspectControl
 from .lab import LabScene, LoadLabModel
 from .load import LoadControlNet
+from .measure import MeasureControl
 from .record import ControlReport, RecordControl
 from .save import NewControlNet, SaveControlNet
 
@@ -21,6 +22,7 @@ NODES = [
     ControlBlockWeights,
     RecordControl,
     ControlReport,
+    MeasureControl,
     InspectControl,
     NewControlNet,
     SaveControlNet,

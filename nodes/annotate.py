@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..annotators import ANNOTATORS, Annotator, Parameter, pipeline
+from ..annotators import ANNOTATORS, Annotator, Parameter
+from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
 from .host import annotators as host_annotators
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
+
+HINTS = HintCache(256 << 20)
+"""The node runs again when any of its widgets changes or one frame of many; what the change does not touch is kept."""
 
 
 class Annotate(io.ComfyNode):
@@ -61,15 +66,17 @@ class Annotate(io.ComfyNode):
     ) -> io.NodeOutput:
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
         own = {p.name: parameters.get(f"{annotator}_{p.name}", p.default) for p in chosen.parameters}
-        networks = host_annotators.networks(chosen.networks, cls.hidden.unique_id)
+        if len(image) == 0:
+            raise AnnotatorError(f"image is an empty batch of shape {tuple(image.shape)}: connect at least one picture")
+        networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
         masks = _each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
         frames = (
             _each(pose_keypoints, len(image), "frames of pose_keypoints") if chosen.reads_pose else [None] * len(image)
         )
         hints, found = [], []
-        for i, picture in enumerate(steps(image.cpu().numpy(), cls.hidden.unique_id)):
-            area = None if masks[i] is None else masks[i].cpu().numpy()
-            hint, frame = pipeline.annotate(
+        for i, picture in enumerate(steps(image.float().cpu().numpy(), cls.hidden.unique_id)):
+            area = None if masks[i] is None else masks[i].float().cpu().numpy()
+            hint, frame = HINTS.annotate(
                 chosen, picture, resolution, networks=networks, mask=area, frame=frames[i], parameters=own
             )
             if area is not None and not chosen.reads_mask:

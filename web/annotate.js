@@ -14,10 +14,10 @@ function linked(node, name) {
   return node.inputs?.some((input) => input.name === name && input.link != null);
 }
 
-/** Nodes 2.0 before front end 1.34 draw copies of the widgets' options and see no change in them. */
-function drawsStaleCopies() {
+/** Nodes 2.0 before front end 1.34 draw copies of the options and see no change in them: nothing is hidden there. */
+function seesOptions() {
   const [major, minor] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "").split(".").map(Number);
-  return window.LiteGraph?.vueNodesMode && major === 1 && minor < 34;
+  return !(major === 1 && minor < 34);
 }
 
 /** Hides the parameters of all annotators but the chosen one's, and those that a link sets. */
@@ -25,13 +25,16 @@ function hideOthers(node) {
   const choice = node.widgets.find((widget) => widget.name === "annotator");
   const annotators = choice.options.values;
   // Where a link chooses, any annotator may be the one.
-  const showAll = drawsStaleCopies() || linked(node, "annotator");
+  const showAll = linked(node, "annotator");
   for (const widget of node.widgets) {
     const annotator = owner(widget.name, annotators);
     if (annotator === undefined) continue;
     const hidden = !showAll && annotator !== choice.value && !linked(node, widget.name);
     widget.hidden = hidden; // read by the canvas
-    widget.options.hidden = hidden; // read by Nodes 2.0
+    widget.options.hidden = hidden && seesOptions(); // read by Nodes 2.0
+    // The canvas keeps a row of this height even for what it does not draw, and 4 pixels below it.
+    if (hidden) widget.computeSize = () => [0, -4];
+    else delete widget.computeSize;
   }
   // Nodes 2.0 look again when the list is another one.
   if (window.LiteGraph?.vueNodesMode) node.widgets = [...node.widgets];

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import comfy.model_management
 import comfy.ops
@@ -61,16 +62,38 @@ def path_of(name: str) -> Path:
     return Path(found)
 
 
+_PATCHERS: WeakValueDictionary[tuple[Path, int, int, torch.dtype | None], Any] = WeakValueDictionary()
+_LOADED: WeakKeyDictionary[Any, tuple[LoadedControl, torch.dtype]] = WeakKeyDictionary()
+"""Networks in use: a file that two nodes load is one network, which a stack can fuse and memory holds once."""
+
+
 def load(
     name: str, weight_dtype: torch.dtype | None = None, model: Any = None, control_type: str = "auto"
 ) -> NetworkControl:
     """The control in file `name`; `model` is the host's MODEL, for weights that are differences from a base."""
-    state, metadata = _read(path_of(name))
+    path = path_of(name)
+    key = (path, path.stat().st_mtime_ns, path.stat().st_size, weight_dtype)
+    patcher = _PATCHERS.get(key) if model is None else None
+    if patcher is None:
+        loaded, compute = _load(path, name, weight_dtype, model)
+        patcher = patcher_of(loaded.control)
+        _LOADED[patcher] = loaded, compute
+        if model is None:
+            _PATCHERS[key] = patcher
+    loaded, compute = _LOADED[patcher]
+    control = KINDS[type(loaded.control)](name, loaded, patcher, compute)
+    set_control_type(control, control_type)
+    return control
+
+
+def _load(path: Path, name: str, weight_dtype: torch.dtype | None, model: Any) -> tuple[LoadedControl, torch.dtype]:
+    """The network in a file, in the dtypes that the host would choose, and the one that it computes in."""
+    state, metadata = _read(path)
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
     stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
     if MARKER in state:
         operations = comfy.ops.manual_cast  # a Control-LoRA computes in its model's dtype, which only a run tells
-    loaded: LoadedControl = load_control(
+    loaded = load_control(
         state,
         metadata,
         name=name,
@@ -79,9 +102,7 @@ def load(
         dtype=stored,
         device=comfy.model_management.unet_offload_device(),
     )
-    control = KINDS[type(loaded.control)](name, loaded, patcher_of(loaded.control), compute)
-    set_control_type(control, control_type)
-    return control
+    return loaded, compute
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

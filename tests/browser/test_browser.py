@@ -24,6 +24,22 @@ LOAD = "async (workflow) => { await app.loadGraphData(workflow); }"
 PROMPT = "async () => (await app.graphToPrompt()).output"
 UNKNOWN = """() => app.graph._nodes.filter(node => !(node.type in LiteGraph.registered_node_types) || node.has_errors)
     .map(node => node.type)"""
+RUN = """async () => {
+    const errors = [];
+    const end = new Promise(resolve => {
+        app.api.addEventListener('execution_success', resolve, {once: true});
+        for (const failure of ['execution_error', 'execution_interrupted'])
+            app.api.addEventListener(failure, event => { errors.push(event.detail); resolve(); }, {once: true});
+    });
+    await app.queuePrompt(0);
+    if (Object.keys(app.lastNodeErrors ?? {}).length) return [app.lastNodeErrors];
+    await end;
+    return errors;
+}"""
+SHOWN = """(titles) => titles.every(title =>
+    app.graph._nodes.find(node => node.title === title)?.imgs?.every(image => image.naturalWidth))"""
+PICTURES = """() => Object.fromEntries(app.graph._nodes.filter(node => node.imgs?.length)
+    .map(node => [node.title, [node.imgs[0].naturalWidth, node.imgs[0].naturalHeight]]))"""
 CALM = "() => !document.querySelector('.p-dialog')"  # no dialog about something missing
 
 
@@ -45,6 +61,37 @@ def test_a_workflow_loads_and_becomes_its_twin(path: Path, front_end: FrontEnd):
     assert front_end.run(CALM)
     twin = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
     assert front_end.run(PROMPT) == twin
+    assert front_end.errors == []
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("name", "pictures"),
+    [
+        (
+            "dosing",
+            {
+                "Control Schedule for depth": [512, 256],
+                "Control Block Weights for pose": [512, 156],
+                "depth hint": [128, 128],
+                "pose hint": [128, 128],
+                "without dosing": [128, 128],
+                "with dosing": [128, 128],
+                "what acted, without dosing": [720, 1398],
+                "what acted, with dosing": [720, 1398],
+            },
+        ),
+        ("make_control", {"without control": [128, 128], "with the new control": [128, 128]}),
+    ],
+)
+def test_a_workflow_runs_to_its_end_and_nodes_show_their_pictures(
+    name: str, pictures: dict[str, list[int]], front_end: FrontEnd
+):
+    front_end.run(LOAD, json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+    front_end.page.wait_for_timeout(500)
+    assert front_end.run(RUN) == []
+    front_end.page.wait_for_function(SHOWN, arg=sorted(pictures))
+    assert front_end.run(PICTURES) == pictures
     assert front_end.errors == []
 
 

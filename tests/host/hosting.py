@@ -42,6 +42,7 @@ class Host:
         self._models: dict[str, Any] = {}
         self._controls: dict[tuple, Any] = {}
         self._runs: dict[Any, Run] = {}
+        self._hooked: set[torch.nn.Module] = set()
         self._kept: list[Any] = []  # the host keeps what nodes made; without that it searches for leaks at every load
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -125,6 +126,9 @@ class Host:
     def record(self, control: Any) -> None:
         """Record the forward passes of this CONTROL_NET: one "control" each, and "hint" when it encodes its hint."""
         net = control.get_models()[-1].model
+        if net in self._hooked:
+            return
+        self._hooked.add(net)
         hooked = set()
         for name, module in net.named_modules():
             for what, ending in (("control", "middle_block_out.0"), ("hint", "input_hint_block.0")):

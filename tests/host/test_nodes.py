@@ -29,6 +29,10 @@ CONTRACT = {
     "ControlBlockWeights": (["preset", "falloff", "skips", "middle"], ["block_weights"]),
     "RecordControl": (["model"], ["model", "record"]),
     "ControlReport": (["record", "latent"], ["report", "heat_map"]),
+    "MeasureControl": (
+        ["image", "hint", "annotator", "tolerance", "result_hint", "pose_keypoints", "result_keypoints"],
+        ["score", "report", "overlay"],
+    ),
     "NewControlNet": (["model", "hint_channels", "hint_encoder"], ["control_net"]),
     "SaveControlNet": (
         ["control_net", "filename", "layout", "dtype", "content", "base", "target"],

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from hosting import Host
 
 DEPTH, POSE = "depth", "openpose"
-RECORDED: set[str] = set()
 
 
 def load(host: Host, control_type: str = "auto", n_types: int = 6) -> Any:
@@ -22,9 +21,7 @@ def load(host: Host, control_type: str = "auto", n_types: int = 6) -> Any:
 
     name = f"sdxl_union{n_types}"
     loaded = host.load_made(name, lambda: union_state(n_types))
-    if name not in RECORDED:
-        RECORDED.add(name)
-        host.record(loaded)
+    host.record(loaded)
     return host.call("SetUnionControlNetType", control_net=loaded, type=control_type)[0]
 
 
@@ -175,6 +172,34 @@ def test_fused_hints_cost_one_pass_a_step(host: Host, way: str):
     assert run.count("hint") == 2, "each hint is encoded once per sampling"
     alone = sample(host, entry(host, DEPTH, 1), way=way)
     assert moved(run, alone) >= 1e-3 and run.calls("unet") == alone.calls("unet")
+
+
+def test_a_file_that_two_nodes_load_is_one_network_and_fused(host: Host):
+    """Each loader says its own type; the network, its memory and its pass are shared, and go when nobody has it."""
+    import gc
+    import weakref
+
+    from tiny_kinds import union_state
+
+    host.write("sdxl_twice", union_state())
+
+    def load_as(control_type: str) -> Any:
+        return host.call("LoadControlNet", control_net_name="sdxl_twice.safetensors", control_type=control_type)[0]
+
+    depth, pose = load_as(DEPTH), load_as(POSE)
+    assert depth.network is pose.network and depth.get_models() == pose.get_models()
+    assert (depth.type_number, pose.type_number) == (1, 0)
+    host.record(depth)
+    run = sample(host, {"control_net": depth, "image": picture(1)}, {"control_net": pose, "image": picture(2)})
+    assert run.count("control") == run.count("unet")
+    other = host.call("LoadControlNet", control_net_name="sdxl_twice.safetensors", weight_dtype="bf16")[0]
+    assert other.network is not depth.network, "another dtype is another network"
+    host.write("sdxl_twice", {key: tensor + 1 for key, tensor in union_state().items()})
+    assert load_as(DEPTH).network is not depth.network, "and so is a file that has changed"
+    gone = weakref.ref(other.network)
+    del other
+    gc.collect()
+    assert gone() is None
 
 
 def test_outside_its_window_a_hint_leaves_the_fuse(host: Host):

@@ -1,0 +1,195 @@
+"""People found in a picture: RT-DETR finds them, ViTPose their joints; both networks are those of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .images import AnnotatorError, to_picture
+from .keypoints import Person, coco_to_openpose, write_frame
+from .pose import draw_people
+
+DETECTOR_SIDE = 640
+"""RT-DETR sees the whole picture squeezed to this square (PekingU/rtdetr_r50vd_coco_o365, preprocessor_config.json)."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's RGB, which ViTPose wants taken out (usyd-community/vitpose-base-simple, preprocessor_config.json)."""
+BOX_MARGIN = 1.25
+"""ViTPose sees a person's box, widened to its own aspect, times this."""
+BLUR_SIGMA, BLUR_RADIUS = 0.8, 5
+"""Of the heat maps before their peak is refined (transformers, VitPoseImageProcessor)."""
+
+
+def build_detector(config: Path, weights: Path) -> nn.Module:
+    """RT-DETR of its config.json and model.safetensors: eval, fp32, on the CPU. Raises AnnotatorError."""
+    return _build("RTDetr", "ForObjectDetection", config, weights)
+
+
+def build_estimator(config: Path, weights: Path) -> nn.Module:
+    """ViTPose of its config.json and model.safetensors: eval, fp32, on the CPU. Raises AnnotatorError."""
+    return _build("VitPose", "ForPoseEstimation", config, weights)
+
+
+@torch.inference_mode()
+def human_pose(
+    detector: Any,
+    estimator: Any,
+    image: np.ndarray,
+    detection_threshold: float = 0.3,
+    keypoint_threshold: float = 0.3,
+    style: str = "openpose",
+    xinsir_sticks: bool = False,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The people of a picture (H,W,3), 0..1, as stick figures (H,W,3) float32 0..1, and as a POSE_KEYPOINT frame.
+
+    Both networks run where they lie and in their own dtype, the estimator on all people at once. People of whom the
+    detector is surer than `detection_threshold` come surest first; joints of which the estimator is not surer than
+    `keypoint_threshold` are missing, and so is a person without any. `style` and `xinsir_sticks` are those of
+    `pose.draw_people`. Nobody found gives a black hint and a frame without people.
+    """
+    height, width = image.shape[:2]
+    picture = rearrange(torch.from_numpy(to_picture(image)), "h w c -> 1 c h w")
+    boxes = detect(detector, picture, detection_threshold)
+    people = []
+    if len(boxes):
+        joints = estimate(estimator, picture, boxes)
+        joints[joints[:, :, 2] <= keypoint_threshold] = 0
+        people = [Person(coco_to_openpose(found)) for found in joints if found[:, 2].any()]
+    return draw_people(people, height, width, style=style, xinsir_sticks=xinsir_sticks), write_frame(
+        people, height, width
+    )
+
+
+def detect(detector: Any, picture: Tensor, threshold: float) -> Tensor:
+    """The boxes (P,4) float32 of people in a picture (1,3,H,W), 0..1, the surest first.
+
+    A box is left, top, right and bottom in pixels.
+    """
+    place = next(detector.parameters())
+    seen = picture.to(place.device, torch.float32)
+    seen = F.interpolate(seen, (DETECTOR_SIDE, DETECTOR_SIDE), mode="bilinear", antialias=True)
+    found = detector(seen.to(place.dtype))
+    scores = found.logits[0, :, detector.config.label2id["person"]].float().sigmoid()
+    _check(scores, "RT-DETR", place.dtype)
+    order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] > threshold]
+    middle, size = found.pred_boxes[0, order].float().chunk(2, dim=1)
+    height, width = picture.shape[2:]
+    return torch.cat([middle - size / 2, middle + size / 2], dim=1) * seen.new_tensor([width, height, width, height])
+
+
+def estimate(estimator: Any, picture: Tensor, boxes: Tensor) -> np.ndarray:
+    """COCO's 17 joints (P,17,3) float32 of each box (P,4) of a picture (1,3,H,W), 0..1: x, y in pixels, confidence."""
+    place = next(estimator.parameters())
+    areas = _areas(boxes.to(place.device), estimator.config.backbone_config.image_size)
+    crops = _crops(picture.to(place.device, torch.float32), areas, estimator.config.backbone_config.image_size)
+    mean, std = (crops.new_tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
+    heat = estimator(((crops - mean) / std).to(place.dtype)).heatmaps.float()
+    _check(heat, "ViTPose", place.dtype)
+    places, scores = peaks(heat.cpu().numpy())
+    # Areas count from the middle of the first pixel, POSE_KEYPOINT from its edge.
+    left, top, wide, high = (side[:, None] for side in areas.cpu().numpy().T)
+    x = left + wide * places[:, :, 0] / (heat.shape[3] - 1) + 0.5
+    y = top + high * places[:, :, 1] / (heat.shape[2] - 1) + 0.5
+    return np.stack([x, y, scores], axis=2).astype(np.float32)
+
+
+def peaks(heat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where heat maps (P,J,h,w) are highest, (P,J,2) x, y in cells from the middle of the first, and how high, (P,J).
+
+    The highest cell, refined by one Newton step on the logarithm of the blurred map, as ViTPose does (DARK, Zhang et
+    al., CVPR 2020; transformers, VitPoseImageProcessor), but never by more than a cell.
+    """
+    wide = heat.shape[3]
+    highest = rearrange(heat, "p j h w -> p j (h w)").argmax(axis=2)
+    column, row = highest % wide, highest // wide
+    people, joints = np.indices(highest.shape)
+    smooth = np.pad(np.log(_blur(heat).clip(0.001, 50)), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+
+    def at(right: int, down: int) -> np.ndarray:
+        return smooth[people, joints, row + 1 + down, column + 1 + right]
+
+    slope = 0.5 * np.stack([at(1, 0) - at(-1, 0), at(0, 1) - at(0, -1)], axis=-1)
+    across = 0.5 * (at(1, 1) - at(1, 0) - at(0, 1) + 2 * at(0, 0) - at(-1, 0) - at(0, -1) + at(-1, -1))
+    along_x = at(1, 0) - 2 * at(0, 0) + at(-1, 0)
+    along_y = at(0, 1) - 2 * at(0, 0) + at(0, -1)
+    bend = np.stack([np.stack([along_x, across], -1), np.stack([across, along_y], -1)], -2)
+    bend = bend + np.finfo(np.float32).eps * np.eye(2)
+    step = np.einsum("pjab,pjb->pja", np.linalg.inv(bend), slope).clip(-1, 1)
+    return np.stack([column, row], axis=-1) - step, heat[people, joints, row, column]
+
+
+def _blur(heat: np.ndarray) -> np.ndarray:
+    """The maps blurred, mirrored at their edges."""
+    weights = np.exp(-0.5 * (np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1) / BLUR_SIGMA) ** 2)
+    weights /= weights.sum()
+    for axis in (2, 3):
+        around = [(BLUR_RADIUS, BLUR_RADIUS) if i == axis else (0, 0) for i in range(4)]
+        padded = np.pad(heat.astype(np.float64), around, mode="symmetric")
+        heat = np.lib.stride_tricks.sliding_window_view(padded, 2 * BLUR_RADIUS + 1, axis=axis) @ weights
+    return heat
+
+
+def _areas(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the estimator sees of boxes (P,4): left, top, width and height (P,4), in the aspect of `size` (h, w)."""
+    middle, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    aspect = size[1] / size[0]
+    wide = torch.maximum(sides[:, 0], sides[:, 1] * aspect) * BOX_MARGIN
+    sides = torch.stack([wide, wide / aspect], dim=1)
+    return torch.cat([middle - sides / 2, sides], dim=1)
+
+
+def _crops(picture: Tensor, areas: Tensor, size: tuple[int, int]) -> Tensor:
+    """The areas (P,4) of a picture (1,3,H,W) as (P,3,height,width); black outside of the picture.
+
+    The first and last sample lie on the area's edges, as ViTPose was trained (unbiased data processing, Huang et al.,
+    CVPR 2020).
+    """
+    (high, wide), (height, width) = size, picture.shape[2:]
+    x = areas[:, :1] + areas[:, 2:3] * torch.linspace(0, 1, wide, device=areas.device)
+    y = areas[:, 1:2] + areas[:, 3:4] * torch.linspace(0, 1, high, device=areas.device)
+    x, y = 2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1
+    count = len(areas)
+    grid = torch.stack([x[:, None, :].expand(-1, high, -1), y[:, :, None].expand(-1, -1, wide)], dim=-1)
+    return F.grid_sample(picture.expand(count, -1, -1, -1), grid, mode="bilinear", align_corners=True)
+
+
+def _check(answer: Tensor, network: str, dtype: torch.dtype) -> None:
+    """Numbers that are none must not pass for nobody."""
+    if not torch.isfinite(answer).all():
+        raise AnnotatorError(f"{network}'s answer in {dtype} has numbers that are not finite: run it in torch.float32")
+
+
+def _build(family: str, task: str, config: Path, weights: Path) -> nn.Module:
+    """A network of transformers, with all weights of its file and no others."""
+    import transformers
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not hasattr(transformers, family + task):
+        raise AnnotatorError(
+            f"transformers {transformers.__version__} has no {family}: update it with "
+            "`python -m pip install --upgrade transformers`; 4.48 and newer have it"
+        )
+    todo = "delete both, so that they are fetched again"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        network, report = getattr(transformers, family + task).from_pretrained(
+            None,
+            config=getattr(transformers, family + "Config").from_dict(settings),
+            state_dict=load_file(weights),
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise AnnotatorError(f"{weights} and {config} cannot be read as {family} ({said}): {todo}") from error
+    wrong = [f"{len(keys)} {kind} ({', '.join(map(str, sorted(keys)[:3]))})" for kind, keys in report.items() if keys]
+    if wrong:
+        raise AnnotatorError(f"{weights} does not fit {config}: it has {', '.join(wrong)}: {todo}")
+    return network.float().eval().requires_grad_(False)

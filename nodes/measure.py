@@ -1,0 +1,121 @@
+"""`MeasureControl`: how faithfully a result follows its hint."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..annotators import ANNOTATORS, pipeline
+from ..annotators.compare import TOLERANCE, compare, compare_people, cut_bodies, read_bodies, resized
+from ..annotators.images import AnnotatorError, to_picture
+from ..annotators.measure import SCORES, centre_like, kind_of
+from .annotate import PoseKeypoint, _each
+from .host import annotators as host_annotators
+from .host.progress import steps
+
+
+class MeasureControl(io.ComfyNode):
+    """Makes the hint of a result and scores it against the hint that the result was made with."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        measured = {name for names in SCORES.values() for name in names}
+        return io.Schema(
+            node_id="MeasureControl",
+            display_name="Measure Control (ZeroConv)",
+            category="ZeroConv",
+            description="How faithfully a result follows its hint: annotates the result again and compares the two.",
+            inputs=[
+                io.Image.Input("image", tooltip="The result: what was sampled with the control."),
+                io.Image.Input("hint", tooltip="The hint that the control was given."),
+                io.Combo.Input(
+                    "annotator",
+                    options=[annotator.name for annotator in ANNOTATORS if annotator.name in measured],
+                    tooltip="What made the hint; the result is annotated with it, with its defaults.",
+                ),
+                io.Int.Input(
+                    "tolerance",
+                    default=TOLERANCE,
+                    min=0,
+                    max=64,
+                    tooltip="For edges: how many pixels of the hint one may be off and still count.",
+                ),
+                io.Image.Input(
+                    "result_hint",
+                    optional=True,
+                    tooltip="The result's hint, where you annotated it yourself, with other settings or another node.",
+                ),
+                PoseKeypoint.Input("pose_keypoints", optional=True, tooltip="For poses: those of the hint."),
+                PoseKeypoint.Input(
+                    "result_keypoints", optional=True, tooltip="For poses: those of the result, where you have them."
+                ),
+            ],
+            outputs=[
+                io.Float.Output(display_name="score"),
+                io.String.Output(display_name="report"),
+                io.Image.Output(display_name="overlay"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: torch.Tensor,
+        hint: torch.Tensor,
+        annotator: str,
+        tolerance: int,
+        result_hint: torch.Tensor | None = None,
+        pose_keypoints: Any = None,
+        result_keypoints: Any = None,
+    ) -> io.NodeOutput:
+        if len(image) == 0 or len(hint) == 0:
+            raise AnnotatorError(f"found {len(image)} images and {len(hint)} hints: connect at least one of each")
+        (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
+        networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
+        hints = _each(hint, len(image), "hints")
+        made = _each(result_hint, len(image), "result_hints")
+        wanted = _each(pose_keypoints, len(image), "frames of pose_keypoints")
+        found = _each(result_keypoints, len(image), "frames of result_keypoints")
+        compared, cropped = [], ""
+        for i, original in enumerate(steps(image, cls.hidden.unique_id)):
+            whole = to_picture(_array(hints[i]))
+            rows, columns = centre_like(*whole.shape[:2], *original.shape[:2])
+            target = whole[rows, columns]
+            height, width = target.shape[:2]
+            if target.shape != whole.shape:
+                cropped = f"; of the hint its middle, {width}x{height}, for the result has another aspect"
+            picture = resized(to_picture(_array(original)), height, width)
+            result, frame = picture, found[i]
+            if made[i] is not None:
+                result = resized(to_picture(_array(made[i])), height, width)
+            elif frame is None:
+                result, frame = pipeline.annotate(chosen, picture, networks=networks)
+            if kind_of(annotator) == "pose":
+                ours = read_bodies(_joints(frame, "result_keypoints"), height, width)
+                theirs = read_bodies(_joints(wanted[i], "pose_keypoints"), *whole.shape[:2])
+                compared.append(compare_people(picture, ours, cut_bodies(theirs, rows, columns)))
+            else:
+                compared.append(compare(annotator, picture, result, target, tolerance))
+        score = float(np.mean([one.score for one in compared]))
+        text = f"{annotator}: score {score:.3f} of 1{cropped}\n" + "\n".join(
+            (f"picture {i}: " if len(compared) > 1 else "") + one.says for i, one in enumerate(compared, 1)
+        )
+        pictures = torch.from_numpy(np.stack([one.overlay for one in compared]))
+        shown = {**ui.PreviewImage(pictures, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(score, text, pictures, ui=shown)
+
+
+def _array(picture: torch.Tensor) -> np.ndarray:
+    return picture.float().cpu().numpy()
+
+
+def _joints(frame: Any, name: str) -> Any:
+    if frame is None:
+        raise AnnotatorError(f"a pose is measured by its joints, and there are none: connect {name}")
+    return frame

@@ -1,0 +1,177 @@
+"""Tiny networks of `transformers` with seeded random weights, written as their published repositories hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    BeitConfig,
+    BitConfig,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTConfig,
+    DPTForDepthEstimation,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    PreTrainedModel,
+    SwinConfig,
+    ZoeDepthConfig,
+    ZoeDepthForDepthEstimation,
+)
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def randomise(network: PreTrainedModel) -> PreTrainedModel:
+    """The network with weights large enough for the picture to show in what it answers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.6 / weight[0].numel() ** 0.5, generator=generator)
+            else:
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return network
+
+
+def save(network: PreTrainedModel, folder: Path) -> tuple[Path, Path]:
+    """The paths of its config.json and model.safetensors."""
+    network.save_pretrained(folder)
+    return folder / "config.json", folder / "model.safetensors"
+
+
+def dpt(folder: Path, hybrid: bool) -> tuple[Path, Path]:
+    """Intel/dpt-large without its size; with `hybrid`, Intel/dpt-hybrid-midas, which begins with convolutions."""
+    backbone = BitConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 32],
+        depths=[1, 1, 1],
+        num_groups=4,
+        layer_type="bottleneck",
+        global_padding="SAME",
+        embedding_dynamic_padding=True,
+        out_features=STAGES[:3],
+    )
+    torch.manual_seed(0)
+    network = DPTForDepthEstimation(
+        DPTConfig(
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=64,
+            image_size=64,
+            patch_size=16,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8, 16, 32, 32] if hybrid else [8, 16, 24, 32],
+            fusion_hidden_size=16,
+            is_hybrid=hybrid,
+            backbone_config=backbone.to_dict() if hybrid else None,
+            backbone_featmap_shape=[1, 32, 4, 4] if hybrid else None,
+            neck_ignore_stages=[0, 1] if hybrid else [],
+            reassemble_factors=[1, 1, 1, 0.5] if hybrid else [4, 2, 1, 0.5],
+            readout_type="project",
+        )
+    )
+    randomise(network)
+    with torch.no_grad():
+        network.head.head[4].bias.fill_(2000)  # MiDaS has no depth below 0: keep most of the picture above
+    return save(network, folder)
+
+
+def depth_anything(folder: Path) -> tuple[Path, Path]:
+    """depth-anything/Depth-Anything-V2-Small-hf without its size."""
+    torch.manual_seed(0)
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=518,
+        patch_size=14,
+        out_features=STAGES,
+        apply_layernorm=True,
+        reshape_hidden_states=False,
+    )
+    network = DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=backbone.to_dict(),
+            patch_size=14,
+            reassemble_hidden_size=16,
+            neck_hidden_sizes=[4, 8, 8, 16],
+            fusion_hidden_size=8,
+            head_hidden_size=8,
+        )
+    )
+    return save(randomise(network), folder)
+
+
+def zoe(folder: Path) -> tuple[Path, Path]:
+    """Intel/zoedepth-nyu-kitti without its size: two domains, indoor and outdoor."""
+    torch.manual_seed(0)
+    backbone = BeitConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=384,
+        use_relative_position_bias=True,
+        out_features=STAGES,
+        reshape_hidden_states=False,
+    )
+    network = ZoeDepthForDepthEstimation(
+        ZoeDepthConfig(
+            backbone_config=backbone.to_dict(),
+            neck_hidden_sizes=[4, 8, 8, 16],
+            fusion_hidden_size=8,
+            bottleneck_features=8,
+            num_relative_features=8,
+            bin_embedding_dim=8,
+            patch_transformer_hidden_size=128,
+            patch_transformer_intermediate_size=16,
+            num_patch_transformer_layers=4,
+            patch_transformer_num_attention_heads=4,
+            bin_configurations=[
+                {"name": "nyu", "n_bins": 8, "min_depth": 1e-3, "max_depth": 10.0},
+                {"name": "kitti", "n_bins": 8, "min_depth": 1e-3, "max_depth": 80.0},
+            ],
+            num_attractors=[4, 2, 2, 1],
+        )
+    )
+    return save(randomise(network), folder)
+
+
+def oneformer(folder: Path, classes: int) -> tuple[Path, Path]:
+    """shi-labs/oneformer_*_swin_large without its size, with pytorch_model.bin as it has it."""
+    torch.manual_seed(0)
+    backbone = SwinConfig(
+        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64, out_features=STAGES
+    )
+    network = OneFormerForUniversalSegmentation(
+        OneFormerConfig(
+            backbone_config=backbone.to_dict(),
+            num_labels=classes,
+            num_queries=12,
+            conv_dim=32,
+            mask_dim=32,
+            hidden_dim=32,
+            num_attention_heads=2,
+            encoder_feedforward_dim=32,
+            dim_feedforward=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            query_dec_layers=1,
+            text_encoder_width=16,
+            text_encoder_num_layers=1,
+        )
+    )
+    randomise(network)
+    with torch.no_grad():
+        # So that queries differ, and each is sure of its class: else all pixels have one.
+        network.model.transformer_module.queries_embedder.weight.mul_(20)
+        network.model.transformer_module.decoder.class_embed.weight.mul_(10)
+    config, weights = save(network, folder)
+    torch.save(network.state_dict(), folder / "pytorch_model.bin")
+    weights.unlink()
+    return config, folder / "pytorch_model.bin"

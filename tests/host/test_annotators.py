@@ -1,0 +1,356 @@
+"""Learned annotators on the real host: weights on demand, kept between runs, moved by the host's memory management."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+if TYPE_CHECKING:
+    from hosting import Host
+
+from zeroconv.annotators import ANNOTATORS, Annotator, Parameter
+from zeroconv.annotators.cache import HintCache
+from zeroconv.annotators.images import AnnotatorError
+from zeroconv.annotators.networks import File, Network
+
+from ..annotators.loopback_hub import LoopbackHub, loopback_hub
+
+WEIGHTS = {"scale": torch.tensor([0.5, 0.25, 0.125])}
+SIZE = len(save(WEIGHTS))
+
+
+class Tiny(torch.nn.Module):
+    """A network of one parameter. As those of transformers, it has a `device` of its own, which nobody may set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(3))
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture * self.scale
+
+
+class Fake:
+    """What ran: paths that networks were built from, and pictures that were annotated, by their sizes."""
+
+    def __init__(self) -> None:
+        self.built: list[Path] = []
+        self.ran: list[tuple[int, ...]] = []
+        self.devices: list[torch.device] = []
+        self.before: Any = None
+
+    def build(self, path: Path) -> Tiny:
+        self.built.append(path)
+        network = Tiny()
+        network.load_state_dict(load_file(path))
+        return network.eval()
+
+    def tiny(self, network: Tiny, picture: Any, gain: float = 1.0) -> Any:
+        if self.before is not None:
+            self.before(len(self.ran))
+        self.ran.append(picture.shape)
+        self.devices.append(network.device)
+        return (network(torch.from_numpy(picture).to(network.device)) * gain).cpu().numpy()
+
+    def plain(self, picture: Any) -> Any:
+        self.ran.append(picture.shape)
+        return picture
+
+
+@pytest.fixture
+def fake(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
+    """Three annotators of this test alone; `annotators` is an empty folder of the host, no other pack has weights."""
+    import folder_paths
+    from huggingface_hub import constants
+
+    assert "Annotate" in host.ours
+    fake = Fake()
+    annotate, adapter = sys.modules["zeroconv.nodes.annotate"], sys.modules["zeroconv.nodes.host.annotators"]
+    module = SimpleNamespace(build=fake.build, tiny=fake.tiny, plain=fake.plain)
+    monkeypatch.setitem(sys.modules, "zeroconv.annotators.fake", module)
+    entries = (
+        Annotator("tiny", "fake:tiny", (Parameter("gain", 1.0, "How bright."),), networks=("tiny",)),
+        Annotator("plain", "fake:plain"),
+        Annotator("lacking", "fake:tiny", networks=("tiny",), packages=("no_such_package",)),
+    )
+    monkeypatch.setattr(annotate, "ANNOTATORS", (*entries, *ANNOTATORS))
+    monkeypatch.setattr(annotate, "HINTS", HintCache(10**8))
+    file = File("someone/tiny", "tiny.safetensors", SIZE, hashlib.sha256(save(WEIGHTS)).hexdigest())
+    monkeypatch.setattr(adapter, "NETWORKS", (Network("tiny", "fake:build", (file,), "MIT"),))
+    monkeypatch.setattr(adapter, "_patchers", {})
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.delenv("AUX_ANNOTATOR_CKPTS_PATH", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    others = {name: kept for name, kept in folder_paths.folder_names_and_paths.items() if name != "annotators"}
+    others["custom_nodes"] = ([str(tmp_path / "custom_nodes")], set())
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", others)
+    return fake
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """The weights where the pack's users have them: models/annotators/<repository>/<name>."""
+    return write(tmp_path / "models" / "annotators" / "someone" / "tiny" / "tiny.safetensors")
+
+
+def write(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(WEIGHTS, path)
+    return path
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 64, 96, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def annotate(host: Host, image: torch.Tensor, annotator: str = "tiny", **inputs: Any) -> torch.Tensor:
+    return host.call("Annotate", image=image, annotator=annotator, resolution=0, **inputs)[0]
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_is_built_once_and_kept_between_runs(host: Host, fake: Fake, weights: Path):
+    for seed in range(3):
+        image = pictures(2, seed)
+        before = image.clone()
+        torch.testing.assert_close(annotate(host, image), image * WEIGHTS["scale"])
+        assert torch.equal(image, before)
+        weights.unlink(missing_ok=True)  # the second run reads nothing
+    assert fake.built == [weights]
+    assert fake.ran == [(64, 128, 3)] * 6  # padded to 64 inside, cropped back
+
+
+def test_the_network_is_the_hosts_to_move(host: Host, fake: Fake, weights: Path):
+    import comfy.model_management as management
+
+    annotate(host, pictures(1))
+    (held,) = [loaded for loaded in management.current_loaded_models if type(loaded.model.model.network) is Tiny]
+    assert held.model.model_size() == 3 * 4
+    assert held.device == management.get_torch_device() == fake.devices[0]
+    management.unload_all_models()
+    assert held not in management.current_loaded_models
+    torch.testing.assert_close(annotate(host, pictures(1, 1)), pictures(1, 1) * WEIGHTS["scale"])
+    assert len(fake.built) == 1
+    assert len(fake.ran) == 2
+
+
+def test_the_hosts_models_and_ours_live_side_by_side(host: Host, fake: Fake, weights: Path):
+    import comfy.model_management as management
+
+    management.load_models_gpu([host.model("sd15")])
+    annotate(host, pictures(1))
+    assert any(loaded.model is host.model("sd15") for loaded in management.current_loaded_models)
+
+
+def test_networks_used_longest_ago_are_let_go(host: Host, fake: Fake, weights: Path, monkeypatch: pytest.MonkeyPatch):
+    adapter = sys.modules["zeroconv.nodes.host.annotators"]
+    (tiny,) = adapter.NETWORKS
+    names = ["a", "b", "c"]
+    monkeypatch.setattr(adapter, "NETWORKS", tuple(Network(n, tiny.build, tiny.files, "MIT") for n in names))
+    monkeypatch.setattr(adapter, "KEPT", 2 * 12)  # two networks of three floats
+    kept = {name: adapter.networks([name], None)[0] for name in ("a", "b")}
+    assert adapter.networks(["a"], None) == [kept["a"]]
+    adapter.networks(["c"], None)
+    assert len(fake.built) == 3
+    assert adapter.networks(["a"], None) == [kept["a"]]  # b was let go
+    assert len(fake.built) == 3
+    assert adapter.networks(["b"], None) != [kept["b"]]
+    assert len(fake.built) == 4
+    monkeypatch.setattr(adapter, "KEPT", 0)
+    assert len(adapter.networks(names, None)) == 3  # what is needed now stays, whatever it takes
+
+
+def test_weights_are_found_where_other_packs_and_settings_have_them(host: Host, fake: Fake, tmp_path: Path):
+    import folder_paths
+
+    adapter = sys.modules["zeroconv.nodes.host.annotators"]
+    own, extra, set_by_user = tmp_path / "models" / "annotators", tmp_path / "extra", tmp_path / "elsewhere"
+    aux = tmp_path / "custom_nodes" / "comfyui_controlnet_aux" / "ckpts"
+    aux.mkdir(parents=True)
+    assert adapter.folders() == [own, aux]
+    folder_paths.add_model_folder_path("annotators", str(extra))  # extra_model_paths.yaml's `annotators:`
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUX_ANNOTATOR_CKPTS_PATH", str(set_by_user))
+        assert adapter.folders() == [own, extra, set_by_user, aux]
+    for path in (
+        aux / "someone" / "tiny" / "tiny.safetensors",
+        extra / "tiny.safetensors",
+        own / "tiny" / "tiny.safetensors",
+    ):
+        adapter._patchers.clear()
+        write(path)
+        annotate(host, pictures(1, len(fake.ran)))
+        assert fake.built[-1] == path
+    assert len(fake.built) == 3
+
+
+def test_a_folder_of_the_users_own_settings_comes_first(host: Host, fake: Fake, tmp_path: Path):
+    """extra_model_paths.yaml is read before packs are loaded."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path("annotators", str(tmp_path / "extra"))
+    adapter = sys.modules["zeroconv.nodes.host.annotators"]
+    assert adapter.folders() == [tmp_path / "extra", tmp_path / "models" / "annotators"]
+
+
+def test_a_file_that_cannot_be_read_is_named(host: Host, fake: Fake, weights: Path):
+    weights.write_bytes(bytes(SIZE))
+    with pytest.raises(AnnotatorError) as caught:
+        annotate(host, pictures(1))
+    said = str(caught.value)
+    assert said.startswith(f"tiny: tiny cannot be built from {weights}: SafetensorError: ")
+    assert said.endswith("If a download broke off there, delete the file: the next run fetches it again")
+    write(weights)
+    annotate(host, pictures(1))  # an error is not kept
+
+
+# -- downloads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(fake: Fake) -> Iterator[LoopbackHub]:
+    with loopback_hub() as served:
+        served.files["someone/tiny/tiny.safetensors"] = save(WEIGHTS)
+        yield served
+
+
+def test_weights_are_fetched_with_the_nodes_progress_bar(
+    host: Host, fake: Fake, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import comfy.utils
+
+    shown: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: shown.append((int(value), int(total)))
+    )
+    for seed in range(2):
+        torch.testing.assert_close(annotate(host, pictures(1, seed)), pictures(1, seed) * WEIGHTS["scale"])
+    path = tmp_path / "models" / "annotators" / "someone" / "tiny" / "tiny.safetensors"
+    assert fake.built == [path]
+    assert path.read_bytes() == save(WEIGHTS)
+    assert hub.sent == SIZE
+    assert shown == [(0, SIZE), (SIZE, SIZE), (1, 1), (1, 1)]
+
+
+def test_cancel_stops_a_download(host: Host, fake: Fake, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
+    import comfy.model_management as management
+    import comfy.utils
+
+    def cancel(value: int, total: int, *_: Any, **__: Any) -> None:
+        if (value, total) == (0, SIZE):
+            management.interrupt_current_processing(True)
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel)
+    with pytest.raises(management.InterruptProcessingException):
+        annotate(host, pictures(1))
+    assert fake.built == []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+    annotate(host, pictures(1))
+    assert len(fake.built) == 1
+    assert hub.sent == SIZE  # what had come was kept
+
+
+def test_without_a_network_the_error_says_what_to_do(host: Host, fake: Fake, hub: LoopbackHub, tmp_path: Path):
+    hub.close()
+    path = tmp_path / "models" / "annotators" / "someone" / "tiny" / "tiny.safetensors"
+    with pytest.raises(AnnotatorError) as caught:
+        annotate(host, pictures(1))
+    said = str(caught.value)
+    assert said.startswith(
+        "tiny: tiny needs tiny.safetensors of someone/tiny (about 0.1 MB), which could not be fetched"
+    )
+    assert f"Get it from {hub.url}/someone/tiny/resolve/main/tiny.safetensors and put it at {path}. " in said
+
+
+def test_nothing_is_fetched_for_an_annotator_that_cannot_run(host: Host, fake: Fake, hub: LoopbackHub):
+    with pytest.raises(AnnotatorError, match="lacking needs no_such_package, which this Python lacks"):
+        annotate(host, pictures(1), "lacking")
+    with pytest.raises(AnnotatorError, match="tiny: image has 18432 numbers that are not finite"):
+        annotate(host, torch.full((1, 64, 96, 3), torch.nan))
+    assert hub.sent == 0
+
+
+# -- the node ----------------------------------------------------------------------------------------------------------
+
+
+def test_hints_are_kept_by_picture_and_own_parameters(host: Host, fake: Fake, weights: Path):
+    image = pictures(3)
+    first = annotate(host, image)
+    assert len(fake.ran) == 3
+    assert torch.equal(annotate(host, image, canny_low=7.0), first)  # another annotator's parameter
+    assert len(fake.ran) == 3
+    changed = image.clone()
+    changed[1] = pictures(1, 5)[0]
+    hints = annotate(host, changed)  # one frame of many
+    assert len(fake.ran) == 4
+    assert torch.equal(hints[[0, 2]], first[[0, 2]])
+    torch.testing.assert_close(hints[1], changed[1] * WEIGHTS["scale"])
+    torch.testing.assert_close(annotate(host, image, tiny_gain=0.5), image * WEIGHTS["scale"] * 0.5)
+    assert len(fake.ran) == 7
+    masked = annotate(host, image, mask=torch.zeros(1, 64, 96))  # laid on afterwards
+    assert masked.abs().max() == 0
+    assert torch.equal(annotate(host, image), first)
+    assert len(fake.ran) == 7
+
+
+def test_a_hint_that_another_node_wrote_into_is_not_given_again(host: Host, fake: Fake, weights: Path):
+    first = annotate(host, pictures(1))
+    expected = first.clone()
+    with torch.inference_mode():
+        first.zero_()
+    assert torch.equal(annotate(host, pictures(1)), expected)
+
+
+def test_networks_stay_where_they_are_when_no_hint_is_to_be_made(host: Host, fake: Fake, weights: Path):
+    import comfy.model_management as management
+
+    annotate(host, pictures(1))
+    management.unload_all_models()
+    annotate(host, pictures(1))
+    assert not any(isinstance(getattr(m.model.model, "network", None), Tiny) for m in management.current_loaded_models)
+
+
+def test_cancel_stops_between_two_pictures(host: Host, fake: Fake, weights: Path):
+    import comfy.model_management as management
+
+    def cancel(ran: int) -> None:
+        if ran == 1:
+            management.interrupt_current_processing(True)
+
+    fake.before = cancel
+    with pytest.raises(management.InterruptProcessingException):
+        annotate(host, pictures(4))
+    assert len(fake.ran) == 2
+    fake.before = None
+    annotate(host, pictures(4))
+    assert len(fake.ran) == 4  # the two that were made are kept
+
+
+@pytest.mark.parametrize("annotator", ["tiny", "plain"])
+def test_an_empty_batch_is_an_error(host: Host, fake: Fake, annotator: str):
+    with pytest.raises(
+        AnnotatorError, match=r"image is an empty batch of shape \(0, 64, 96, 3\): connect at least one"
+    ):
+        annotate(host, torch.zeros(0, 64, 96, 3), annotator)
+    assert fake.ran == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pictures_in_half_precision_are_read(host: Host, fake: Fake, dtype: torch.dtype):
+    image = pictures(1).to(dtype)
+    hint = annotate(host, image, "plain")
+    assert hint.dtype == torch.float32
+    assert torch.equal(hint, image.float())
