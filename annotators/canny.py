@@ -6,8 +6,6 @@ import numpy as np
 
 from .images import AnnotatorError, to_bytes
 
-BACKENDS = ("cv2", "kornia")
-
 
 def canny(image: np.ndarray, low: float = 100.0, high: float = 200.0, backend: str = "cv2") -> np.ndarray:
     """White edges on black, (H,W,3) float32 0..1, of an RGB image (H,W,3), float 0..1 or uint8.

@@ -38,8 +38,7 @@ def compare(
     kind = measure.kind_of(annotator)
     if kind == "edges":
         edges = measure.edge_f1(result, hint, tolerance)
-        parts = f"precision {edges.precision:.3f}, recall {edges.recall:.3f}"
-        says = f"edge F1 {edges.f1:.3f} within {tolerance:g} px, {parts}"
+        says = f"edge F1 {edges.f1:.3f}, precision {edges.precision:.3f}, recall {edges.recall:.3f}"
         return Comparison(edges.f1, says, overlay.edges(picture, result, hint, tolerance))
     elif kind == "depth":
         ours, wanted = result.mean(axis=2), hint.mean(axis=2)

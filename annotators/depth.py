@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import pretrained
-from .images import to_picture
+from .images import AnnotatorError, to_picture
 from .normals import normals_of_depth
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def depth_anything(network: DepthAnythingForDepthEstimation, image: np.ndarray) 
         looked = _placed((_tensor(_resized(picture, size)) - mean) / std, network)
         depth = network(pixel_values=looked).predicted_depth.float()
         depth = nn.functional.interpolate(depth[:, None], (height, width), mode="bilinear", align_corners=True)
-    return _hint(stretched(depth[0, 0].cpu().numpy()))
+    return _hint(stretched(_whole(depth[0, 0])))
 
 
 def depth_zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def midas(network: DPTForDepthEstimation, image: np.ndarray) -> np.ndarray:
         if config.is_hybrid:
             blocks = [*seen.intermediate_activations, *blocks[2:]]
         depth = network.head(network.neck(blocks, size[0] // DPT_PATCH, size[1] // DPT_PATCH))
-    return _resized(depth[0].float().cpu().numpy(), (height, width))
+    return _resized(_whole(depth[0]), (height, width))
 
 
 def zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
         mirrored = network(pixel_values=looked.flip(3)).predicted_depth.flip(2)
         depth = (network(pixel_values=looked).predicted_depth.float() + mirrored.float()) / 2
         depth = nn.functional.interpolate(depth[:, None], padded, mode="bicubic", align_corners=False)
-    return depth[0, 0, top : top + height, left : left + width].cpu().numpy()
+    return _whole(depth[0, 0, top : top + height, left : left + width])
 
 
 def stretched(depth: np.ndarray) -> np.ndarray:
@@ -171,6 +171,12 @@ def _tensor(picture: np.ndarray) -> Tensor:
 def _placed(tensor: Tensor, network: nn.Module) -> Tensor:
     weight = next(network.parameters())
     return tensor.to(weight.device, weight.dtype)
+
+
+def _whole(depth: Tensor) -> np.ndarray:
+    if not depth.isfinite().all():
+        raise AnnotatorError("the network answered with numbers that are not finite: run it in fp32, or fetch it again")
+    return depth.float().cpu().numpy()
 
 
 def _hint(depth: np.ndarray) -> np.ndarray:

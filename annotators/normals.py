@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 
-FRONTS = ("blue", "red")
-"""Which colour faces the viewer: blue for ControlNet 1.1 (BAE, ScanNet's colours), red for ControlNet 1.0 (MiDaS)."""
 GREY_LEVELS = 255.0
 
 
@@ -20,7 +18,8 @@ def normals_of_depth(
     depth's own units, which sum to 8 times the change per pixel. Where the depth, stretched to 0..1, is below
     `background`, the normal faces the viewer. With a blue front, what faces left is red and what faces up is green;
     with a red `front`, the same colours are in the order blue, green, red. Sources: lllyasviel/ControlNet
-    annotator/midas and gradio_normal2image.py (red); lllyasviel/ControlNet-v1-1-nightly README (blue).
+    annotator/midas and gradio_normal2image.py (red, for ControlNet 1.0); lllyasviel/ControlNet-v1-1-nightly README
+    (blue, for 1.1).
     """
     import cv2
 

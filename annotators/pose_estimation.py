@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import pretrained
 from .images import AnnotatorError, to_picture
 from .keypoints import Person, coco_to_openpose, write_frame
 from .pose import draw_people
@@ -167,29 +167,12 @@ def _check(answer: Tensor, network: str, dtype: torch.dtype) -> None:
 
 
 def _build(family: str, task: str, config: Path, weights: Path) -> nn.Module:
-    """A network of transformers, with all weights of its file and no others."""
     import transformers
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not hasattr(transformers, family + task):
         raise AnnotatorError(
             f"transformers {transformers.__version__} has no {family}: update it with "
             "`python -m pip install --upgrade transformers`; 4.48 and newer have it"
         )
-    todo = "delete both, so that they are fetched again"
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        network, report = getattr(transformers, family + task).from_pretrained(
-            None,
-            config=getattr(transformers, family + "Config").from_dict(settings),
-            state_dict=load_file(weights),
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise AnnotatorError(f"{weights} and {config} cannot be read as {family} ({said}): {todo}") from error
-    wrong = [f"{len(keys)} {kind} ({', '.join(map(str, sorted(keys)[:3]))})" for kind, keys in report.items() if keys]
-    if wrong:
-        raise AnnotatorError(f"{weights} does not fit {config}: it has {', '.join(wrong)}: {todo}")
-    return network.float().eval().requires_grad_(False)
+    kind, settings = getattr(transformers, family + task), getattr(transformers, family + "Config")
+    return pretrained.build(kind, settings, config, weights)

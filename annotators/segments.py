@@ -47,11 +47,11 @@ def segments_coco(network: OneFormerForUniversalSegmentation, image: np.ndarray)
 
 
 def labels(network: OneFormerForUniversalSegmentation, image: np.ndarray, short: int, long: int) -> np.ndarray:
-    """The class of each pixel (H,W), int64, of a picture (H,W,3), float 0..1 or uint8.
+    """The class of each pixel (H,W), int64, of a picture (H,W,3), float 0..1 or uint8; the network must be in fp32.
 
     The network looks at the picture with its shorter side at `short` pixels, the longer at no more than `long`, as in
     lllyasviel/ControlNet-v1-1-nightly annotator/oneformer; the answer is that of transformers'
-    post_process_semantic_segmentation.
+    post_process_semantic_segmentation. Raises AnnotatorError for a network in half precision.
     """
     from PIL import Image
 
@@ -62,12 +62,15 @@ def labels(network: OneFormerForUniversalSegmentation, image: np.ndarray, short:
     mean, std = (np.array(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
     normal = (np.asarray(resized, np.float32) / 255 - mean) / std
     weight = next(network.parameters())
-    task = torch.zeros(1, network.config.task_seq_len, device=weight.device, dtype=weight.dtype)
+    if weight.dtype != torch.float32:
+        # It reads the task's tokens as plain numbers, up to 49407.
+        raise AnnotatorError(f"OneFormer is in {weight.dtype}; it answers rightly in float32 alone")
+    task = torch.zeros(1, network.config.task_seq_len, device=weight.device)
     task[0, : len(TASK)] = torch.tensor(TASK)
     with torch.inference_mode():
-        values = rearrange(torch.from_numpy(normal), "h w c -> 1 c h w").to(weight.device, weight.dtype)
+        values = rearrange(torch.from_numpy(normal), "h w c -> 1 c h w").to(weight.device)
         found = network(pixel_values=values, task_inputs=task)
-        return best(found.class_queries_logits.float(), found.masks_queries_logits.float(), height, width).cpu().numpy()
+        return best(found.class_queries_logits, found.masks_queries_logits, height, width).cpu().numpy()
 
 
 def best(classes: Tensor, masks: Tensor, height: int, width: int) -> Tensor:

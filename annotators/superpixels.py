@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-COLOURS = ("mean", "palette")
-
 
 def superpixels(
     image: np.ndarray, count: int = 200, compactness: float = 30.0, colours: str = "mean", seed: int = 0

@@ -72,7 +72,7 @@ def check_heads(config: UNetConfig) -> None:
 
 def family(config: UNetConfig) -> str:
     """SDXL, SD2.x or SD1.x: the layout that a configuration has, at any width."""
-    if config.adm_in_channels is not None:
+    if config.adm_in_channels is not None and len(config.channel_mult) == 3:  # SD2.1 unCLIP has a pooled vector too
         return "SDXL"
     return "SD2.x" if config.use_linear else "SD1.x"
 

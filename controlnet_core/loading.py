@@ -68,6 +68,11 @@ def load_control(
         dtype = dtype or usual_dtype(weights)
         if found.needs_base:
             weights = _add_base(weights, base, name)
+        elif base is not None:
+            raise LoadError(
+                f"{name}: a base model is given, and these weights hold no differences from one: leave it out (a "
+                "Control-LoRA takes what it needs from the model that it is applied to)"
+            )
         control = found.build(weights, metadata, operations=operations, dtype=dtype, device="meta")
     except (UnknownFormat, ConfigurationError) as error:
         raise LoadError(f"{name}: {error}") from error

@@ -97,9 +97,9 @@ class Strength:
         )
 
     @property
-    def halves(self) -> tuple[bool, bool]:
-        """Whether control acts on the conditional and on the unconditional half."""
-        return True, self.guidance == "both"
+    def counts_steps(self) -> bool:
+        """Whether `now` needs the run's sigmas."""
+        return self.window.unit == "step" or (self.schedule is not None and self.schedule.unit == "step")
 
     def now(self, sigma: float, sigmas: Sequence[float] | None, percent_to_sigma: Callable[[float], float]) -> float:
         """The value at `sigma`: 0 outside the window, else `value` times the schedule's.

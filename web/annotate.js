@@ -20,7 +20,7 @@ function seesOptions() {
   return !(major === 1 && minor < 34);
 }
 
-/** Hides the parameters of all annotators but the chosen one's, and those that a link sets. */
+/** Hides the parameters of all annotators but the chosen one, save what a link sets. */
 function hideOthers(node) {
   const choice = node.widgets.find((widget) => widget.name === "annotator");
   const annotators = choice.options.values;

@@ -7,6 +7,7 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.controlnet
@@ -49,15 +50,16 @@ class Options:
 class Step:
     """What one call of the UNet gives its controls, cut down to the conds that this control acts on.
 
-    `x` (B,4,H,W), `t` (B,) and `cond` hold `chunks` conds of equal size, one after the other; `rows` are their places
-    in the UNet's whole batch of `total`, `None` when they are all of it. `frames` are the numbers of a cond's samples
-    in the run's batch: all of them, or those of a context window. `now` is the strength at this moment.
+    `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size, one after the other; `chunks` are their numbers in the
+    UNet's whole batch of `total` samples, and `rows` the places of their samples, `None` when they are all of it.
+    `frames` are the numbers of a cond's samples in the run's batch: all of them, or those of a context window. `now` is
+    the strength at this moment.
     """
 
     x: Tensor
     t: Tensor
     cond: dict[str, Any]
-    chunks: int
+    chunks: list[int]
     rows: Tensor | None
     total: int
     frames: Tensor
@@ -73,7 +75,7 @@ class Step:
         """One entry for all, or entry i for frame i of each cond, starting over when there are fewer than frames."""
         if tensor.shape[0] == 1:
             return tensor
-        return tensor[(self.frames % tensor.shape[0]).repeat(self.chunks).to(tensor.device)]
+        return tensor[(self.frames % tensor.shape[0]).repeat(len(self.chunks)).to(tensor.device)]
 
     def scattered(self, part: Tensor) -> Tensor:
         """`part` at this step's rows of the whole batch, zeros elsewhere."""
@@ -166,9 +168,9 @@ class Control(comfy.controlnet.ControlBase):
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
     ) -> injection.HostControl | None:
         """The residuals of this step, those of the controls before it included; `None` when nothing acts."""
-        previous = None
-        if self.previous_controlnet is not None:
-            previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        previous, before = None, self._before
+        if before is not None:
+            previous = before.get_control(x_noisy, t, cond, batched_number, transformer_options)
         step = self._step(x_noisy, t, cond, batched_number, transformer_options)
         return previous if step is None else self._act(step, previous)
 
@@ -178,8 +180,7 @@ class Control(comfy.controlnet.ControlBase):
         self, x: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, options: dict[str, Any]
     ) -> Step | None:
         """This call of the UNet as far as the control acts in it; `None` when it does not."""
-        sigmas = options["sample_sigmas"].tolist() if "sample_sigmas" in options else None
-        now = self._now(t[0].item(), sigmas)
+        now = self._now(t[0].item(), options.get("sample_sigmas"))
         chunks = self._chunks(batched_number, options)
         if now == 0.0 or not chunks:
             return None
@@ -189,33 +190,38 @@ class Control(comfy.controlnet.ControlBase):
         if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == len(frames):
             frames = torch.tensor(window.index_list)
         if len(chunks) == batched_number:
-            return Step(x, t, cond, batched_number, None, total, frames, options, now)
+            return Step(x, t, cond, chunks, None, total, frames, options, now)
         rows = torch.tensor([c * len(frames) + i for c in chunks for i in range(len(frames))], device=x.device)
         cond = {
             key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
         }
-        return Step(x[rows], t[rows], cond, len(chunks), rows, total, frames, options, now)
+        return Step(x[rows], t[rows], cond, chunks, rows, total, frames, options, now)
 
-    def _now(self, sigma: float, sigmas: list[float] | None) -> float:
-        """The strength at this moment, 0 when nothing acts."""
-        return 0.0 if self._off else self._strength.now(sigma, sigmas, self._percent_to_sigma)
+    def _now(self, sigma: float, sigmas: Tensor | None) -> float:
+        """The strength at this moment of a run over `sigmas`, 0 when nothing acts."""
+        if self._off:
+            return 0.0
+        counted = sigmas.tolist() if sigmas is not None and self._strength.counts_steps else None
+        return self._strength.now(sigma, counted, self._percent_to_sigma)
 
-    def _halves(self) -> tuple[bool, bool]:
-        """Whether control acts on the conditional and on the unconditional half."""
-        return self._strength.halves
+    @property
+    def one_sided(self) -> bool:
+        """Whether control acts on the conditional half of guidance alone."""
+        return self.options.guidance != "both"
 
     def _chunks(self, batched_number: int, options: dict[str, Any]) -> list[int]:
         """The parts of the batch that control acts on."""
         numbers = options.get("cond_or_uncond", [0] * batched_number)
         # Without the wrapper that ApplyControl adds, the host's own meaning: list 0 is cond, list 1 uncond.
         negative = options.get(HALVES) or {1: True}
-        return [i for i, number in enumerate(numbers) if self._halves()[negative.get(number, False)]]
+        return [i for i, number in enumerate(numbers) if not (self.one_sided and negative.get(number, False))]
 
     def _act(self, step: Step, previous: injection.HostControl | None) -> injection.HostControl | None:
         """What the UNet is given at a step in which this control acts; `previous` are the controls before it."""
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*step.size)
+        _watch_sizes(step.options, self._model_config)
         dosed = self._dose(step.now, step.size, self._mask(step)).apply(self._residuals(step))
         residuals = dosed.mapped(lambda _, residual: step.scattered(residual))
         if RECORD in step.options:
@@ -252,13 +258,20 @@ class Control(comfy.controlnet.ControlBase):
             mask = step.of_frames(self._masks[size])
         if schedule is None or not schedule.per_image:
             return mask
-        if "context_window" not in step.options and len(schedule.per_image) != len(step.frames):
+        pictures, last = len(step.frames), int(step.frames.max())
+        windowed = "context_window" in step.options
+        if last >= len(schedule.per_image) or (not windowed and len(schedule.per_image) != pictures):
             raise ControlError(
                 f"{self.name}: the schedule's per_image has {len(schedule.per_image)} strengths, the batch "
-                f"{len(step.frames)} pictures: write one for each"
+                f"{f'at least {last + 1}' if windowed else pictures} pictures: write one for each"
             )
         strengths = step.of_frames(step.x.new_tensor(schedule.per_image).reshape(-1, 1, 1, 1))
         return strengths if mask is None else mask * strengths
+
+    @property
+    def _before(self) -> Any:
+        """The control before this one in its chain."""
+        return self.previous_controlnet
 
     # -- what kinds of control differ in ---------------------------------------------------------------------------
 
@@ -269,3 +282,28 @@ class Control(comfy.controlnet.ControlBase):
     def _residuals(self, step: Step) -> Residuals:
         """The residuals of this step at strength 1."""
         raise NotImplementedError
+
+
+def _watch_sizes(options: dict[str, Any], config: UNetConfig) -> None:
+    """Let this call of the UNet raise where its blocks have other sizes than residuals: the host only logs that.
+
+    Other nodes may shrink the features inside the UNet. The sizes are those of what the UNet is really given, which a
+    tiled sampler may cut down.
+    """
+    patches, place = options.get("patches", {}), "input_block_patch_after_skip"
+    if any(getattr(patch, "func", None) is _check_size for patch in patches.get(place, ())):
+        return
+    options["patches"] = {**patches, place: [partial(_check_size, config), *patches.get(place, ())]}
+
+
+def _check_size(config: UNetConfig, h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
+    """The host's patch behind each encoder block: `h` as it came."""
+    number = transformer_options["block"][1]
+    expected = config.residual_shapes(*transformer_options["original_shape"][2:])[number]
+    if tuple(h.shape[1:]) != expected:
+        found, wanted = ("x".join(map(str, shape)) for shape in (h.shape[1:], expected))
+        raise injection.InjectionError(
+            f"encoder block {number} of the model gives {found}, and control has {wanted} for it: another node changes "
+            "the size inside the model (Deep Shrink does); take that node off, or the control"
+        )
+    return h

@@ -70,11 +70,26 @@ class ForeignControl(Control):
 
     def _residuals(self, step: Step) -> Residuals:
         assert self._model_config is not None
-        if self.options.resize != "crop":
-            size = (step.size[0] * 8, step.size[1] * 8)
-            if self.inner.cond_hint_original.shape[2:] != size:
-                self.inner.cond_hint_original = resize(self._original_hint(), *size, self.options.resize)
-        control = self.inner.get_control(step.x, step.t, step.cond, step.chunks, step.options)
+        inner, hint = self.inner, self._original_hint()
+        if len(hint) > 1 and "context_window" in step.options:
+            hint = step.of_frames(hint)[: len(step.frames)]
+            inner.cond_hint = inner.control_input = None  # of another window
+        size = (step.size[0] * 8, step.size[1] * 8)
+        if self.options.resize != "crop" and hint.shape[2:] != size:
+            hint = resize(hint, *size, self.options.resize)
+        inner.cond_hint_original = hint
+        # It is told of the conds that it acts on, and of no others.
+        told = {
+            key: [step.options[key][i] for i in step.chunks]
+            for key in ("cond_or_uncond", "uuids")
+            if key in step.options
+        }
+        control = inner.get_control(step.x, step.t, step.cond, len(step.chunks), {**step.options, **told})
+        if control is None:
+            raise ControlError(
+                f"{self.name} hands out no residuals here, so that they cannot be dosed: use the apply node of the "
+                "pack that it comes from"
+            )
         return injection.from_host_control(control, len(self._model_config.skip_channels))
 
 

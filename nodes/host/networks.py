@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.controlnet
 import torch
 from torch import Tensor
 
@@ -48,6 +49,10 @@ class NetworkControl(Control):
         mismatch = self.network.mismatch(config)
         if mismatch:
             raise ControlError(f"{self.name}: {mismatch}")
+        if self.extra_args.get("control_type") and not isinstance(self, UnionControl):
+            raise ControlError(
+                f"{self.name} is a {self.network.kind}, which has one type only: take SetUnionControlNetType off"
+            )
         return config
 
     def _encode(self, step: Step, multiple: int = 8) -> Any:
@@ -78,8 +83,10 @@ class ControlNetControl(NetworkControl):
         super().pre_run(model, percent_to_timestep_function)
         self._sampling = model.model_sampling
 
-    def _halves(self) -> tuple[bool, bool]:
-        return (True, False) if self.global_average_pooling else super()._halves()
+    @property
+    def one_sided(self) -> bool:
+        """Whether control acts on the conditional half of guidance alone."""
+        return self.global_average_pooling or super().one_sided
 
     def _residuals(self, step: Step) -> Residuals:
         residuals = self.network(*self._inputs(step, step.of_frames(self._encode(step))))
@@ -92,7 +99,7 @@ class ControlNetControl(NetworkControl):
         y = step.cond.get("y")
         return (
             self._sampling.calculate_input(step.t, step.x).to(**place),
-            self._sampling.timestep(step.t).to(**place),
+            self._sampling.timestep(step.t).to(step.x.device, torch.float32),  # bf16 has no number for most timesteps
             context.to(**place),
             guided_hint,
             None if y is None else y.to(**place),
@@ -117,11 +124,11 @@ class ControlLoraControl(ControlNetControl):
 class UnionControl(ControlNetControl):
     """A ControlNet Union; what its hint is, comes from `control_type` or the host's SetUnionControlNetType.
 
-    `others` are its neighbours in a stack that share the network: all are fused in one pass, each with its own hint,
-    type, strength, window and schedule (xinsir6/ControlNetPlus). The rest of the dose is this one's.
+    With `joins` it is fused in one pass with the one before it in its chain, which shares its network: each with its
+    own hint, type, strength, window and schedule (xinsir6/ControlNetPlus). The rest of the dose is the same for both.
     """
 
-    others: tuple[UnionControl, ...] = ()
+    joins = False
 
     @property
     def type_number(self) -> int | None:
@@ -145,39 +152,54 @@ class UnionControl(ControlNetControl):
     def copy_to(self, c: Any) -> None:
         """The host's settings and ours; what a run has computed stays behind."""
         super().copy_to(c)
-        c.others = tuple(other.copy() for other in self.others)
+        c.joins = self.joins
 
-    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        """Begin a run, of those that are fused too."""
-        super().pre_run(model, percent_to_timestep_function)
-        self._values: list[tuple[UnionControl, float]] = []
-        for other in self.others:
-            other.pre_run(model, percent_to_timestep_function)
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._acting: list[tuple[UnionControl, float]] = []
+        self._fused: tuple[Any, Tensor] | None = None
 
-    def cleanup(self) -> None:
-        """End a run."""
-        super().cleanup()
-        for other in self.others:
-            other.cleanup()
+    @property
+    def _group(self) -> list[UnionControl]:
+        """The controls that share this one's pass, itself the last."""
+        before = self.previous_controlnet
+        return [*before._group, self] if self.joins and isinstance(before, UnionControl) else [self]
 
-    def _now(self, sigma: float, sigmas: list[float] | None) -> float:
-        values = [(self, super()._now(sigma, sigmas)), *((c, c._now(sigma, sigmas)) for c in self.others)]
-        self._values = [(control, value) for control, value in values if value != 0.0]
+    @property
+    def _before(self) -> Any:
+        return self._group[0].previous_controlnet
+
+    def _now(self, sigma: float, sigmas: Tensor | None) -> float:
+        values = [(control, ControlNetControl._now(control, sigma, sigmas)) for control in self._group]
+        self._acting = [(control, value) for control, value in values if value != 0.0]
         # Of several, each strength goes into the fuse; of one, it multiplies the residuals.
-        return 1.0 if len(self._values) > 1 else sum(value for _, value in self._values)
+        return 1.0 if len(self._acting) > 1 else sum(value for _, value in self._acting)
 
     def _residuals(self, step: Step) -> Residuals:
-        acting = [control for control, _ in self._values]
-        features = [control._encode(step) for control in acting]
-        if len({len(feature) for feature in features} - {1}) > 1:  # of different numbers of frames
-            features = [step.of_frames(feature) for feature in features]
-        types = [control.type_number for control in acting if control.type_number is not None]
-        guided_hint = self.network.fuse(features, types, [value for _, value in self._values]) if types else features[0]
-        return self.network(*self._inputs(step, step.of_frames(guided_hint)), types=types)
+        types = [control.type_number for control, _ in self._acting if control.type_number is not None]
+        return self.network(*self._inputs(step, step.of_frames(self._guided_hint(step, types))), types=types)
+
+    def _guided_hint(self, step: Step, types: list[int]) -> Tensor:
+        """The hints of those that act now, fused; kept as long as nothing in it changes."""
+        key = (step.size, tuple((id(control), value) for control, value in self._acting))
+        if self._fused is None or self._fused[0] != key:
+            features = [control._encode(step) for control, _ in self._acting]
+            if len({len(feature) for feature in features} - {1}) > 1:
+                raise ControlError(
+                    f"{self.name}: hints that are fused come for as many frames or for one, found "
+                    f"{', '.join(str(len(feature)) for feature in features)}: give each the same number"
+                )
+            strengths = [value for _, value in self._acting]
+            self._fused = key, self.network.fuse(features, types, strengths) if types else features[0]
+        return self._fused[1]
 
 
 class AdapterControl(NetworkControl):
     """A T2I-Adapter: its residuals do not depend on time, and are computed once per run and size."""
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
+        """Bytes of working memory: an adapter runs once, before the UNet, so that only those before it count."""
+        return comfy.controlnet.ControlBase.inference_memory_requirements(self, dtype)
 
     def _encode_hint(self, hint: Tensor) -> Residuals:
         return self.network(hint)

@@ -57,18 +57,16 @@ def _what(found: Any) -> str:
 def controls(stack: Sequence[Entry], vae: Any = None) -> list[Control]:
     """The controls of the entries, with their hints and strengths; those that can never act are left out.
 
-    Neighbours that share one Union net are one control, fused in one pass.
+    Neighbours that share one Union net will be fused in one pass.
     """
     made: list[Control] = []
     for net, image, strength, start, end in stack:
         control = _dosed(_control(net), image, strength, start, end, vae)
         if control.strength_now().off:
             continue
-        last = made[-1] if made else None
-        if isinstance(last, UnionControl) and isinstance(control, UnionControl) and last.fuses_with(control):
-            last.others = (*last.others, control)
-        else:
-            made.append(control)
+        if made and isinstance(control, UnionControl):
+            control.joins = control.fuses_with(made[-1])
+        made.append(control)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -55,7 +56,7 @@ def dpt(folder: Path, hybrid: bool) -> tuple[Path, Path]:
         out_features=STAGES[:3],
     )
     torch.manual_seed(0)
-    network = DPTForDepthEstimation(
+    network: Any = DPTForDepthEstimation(
         DPTConfig(
             hidden_size=32,
             num_hidden_layers=4,

@@ -23,18 +23,18 @@ def test_the_smallest_run(names: list[str], side: int, capsys: pytest.CaptureFix
     assert list(rows) == names
     for line in rows.values():
         numbers = [float(number) for number in re.findall(r"(?<= )[\d.]+", line.split("|", 1)[1])]
-        # Three numbers for each run, all times above zero, then the spread and the share of other pixels.
-        assert len(numbers) == 8
-        assert min(numbers[:7]) > 0
-        assert numbers[7] < 1.0
+        # Three numbers for each run, the ratio of the fastest, the spread, and the share of other pixels.
+        assert len(numbers) == 9
+        assert min(numbers[:8]) > 0
+        assert numbers[8] < 1.0
     assert ("torch finds no CUDA device" in printed) is not torch.cuda.is_available()
 
 
 def test_a_row_is_medians_ratios_and_spread():
     ours = Times(first=[0.003, 0.001, 0.002], second=[0.001, 0.001, 0.004])
-    theirs = Times(first=[0.004, 0.004, 0.004], second=[0.002, 0.003, 0.002])
+    theirs = Times(first=[0.004, 0.004, 0.004], second=[0.002, 0.0015, 0.002])
     assert row("x", ours, theirs, 0.125).split() == (
-        ["x", "|", "2.0", "4.0", "2.00", "|", "1.0", "2.0", "2.00", "|", "4.00", "12.50%"]
+        ["x", "|", "2.0", "4.0", "2.00", "|", "1.0", "2.0", "2.00", "|", "1.50", "4.00", "12.50%"]
     )
 
 

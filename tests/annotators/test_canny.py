@@ -12,7 +12,7 @@ from scipy.ndimage import binary_dilation
 from skimage.data import astronaut
 
 from zeroconv.annotators import ANNOTATORS
-from zeroconv.annotators.canny import BACKENDS, canny
+from zeroconv.annotators.canny import canny
 from zeroconv.annotators.images import AnnotatorError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,20 +61,21 @@ def test_agrees_with_controlnet_aux_on_a_photograph():
     np.testing.assert_array_equal(canny(photograph.astype(np.float32) / 255), expected / np.float32(255))
 
 
-def test_kornia_is_opencv_on_the_blurred_grey_picture_with_a_euclidean_gradient():
-    """To a pixel: more than 99 % of the edges of either side lie on, or next to, one of the other's."""
+@pytest.mark.parametrize(("low", "high"), [(100, 200), (20, 60)])
+def test_kornia_is_opencv_on_the_blurred_grey_picture_with_a_euclidean_gradient(low: float, high: float):
+    """To a pixel: more than 98 % of the edges of either side lie on, or next to, one of the other's."""
     photograph = astronaut()
     grey = cv2.GaussianBlur(cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY), (5, 5), 1)
-    expected = cv2.Canny(grey, 100, 200, L2gradient=True) > 0
-    found = canny(photograph, backend="kornia")
+    expected = cv2.Canny(grey, low, high, L2gradient=True) > 0
+    found = canny(photograph, low, high, "kornia")
     assert found.shape == (512, 512, 3) and found.dtype == np.float32
     assert set(np.unique(found)) == {0.0, 1.0}
     found = found[:, :, 0] > 0
-    assert 0.04 < expected.mean() < 0.05
-    assert (found & binary_dilation(expected)).sum() > 0.99 * found.sum()
-    assert (expected & binary_dilation(found)).sum() > 0.99 * expected.sum()
+    assert 0.04 < expected.mean() < 0.2
+    assert (found & binary_dilation(expected)).sum() > 0.98 * found.sum()
+    assert (expected & binary_dilation(found)).sum() > 0.98 * expected.sum()
     # As its tooltip says: fewer edges than OpenCV's own at the same thresholds.
-    assert found.sum() < 0.6 * (canny(photograph)[:, :, 0] > 0).sum()
+    assert found.sum() < 0.8 * (canny(photograph, low, high)[:, :, 0] > 0).sum()
 
 
 def test_kornia_takes_thresholds_in_either_order_and_at_the_ends_of_the_range():
@@ -129,7 +130,7 @@ def test_the_list_describes_canny_and_loads_it():
         ("high", 200.0, 0.0, 255.0),
         ("backend", "cv2", 0.0, 1.0),
     ]
-    assert record.parameters[2].choices == BACKENDS
+    assert record.parameters[2].choices == ("cv2", "kornia")
     assert all(p.tooltip for annotator in ANNOTATORS for p in annotator.parameters)
 
 

@@ -219,6 +219,18 @@ def test_half_precision_networks_give_their_hint_in_full(networks: dict[str, Any
     assert np.corrcoef(hint.ravel(), function(networks[name], photograph(64, 128)).ravel())[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("name", list(MADE))
+def test_an_answer_that_is_none_is_told(networks: dict[str, Any], name: str):
+    network = deepcopy(networks[name])
+    next(
+        weight
+        for end, weight in network.named_parameters()
+        if end.endswith("patch_embeddings.projection.bias") or end == "dpt.embeddings.projection.bias"
+    ).fill_(torch.nan)
+    with pytest.raises(AnnotatorError, match="the network answered with numbers that are not finite"):
+        MADE[name][2](network, photograph(64, 64))
+
+
 def changed(paths: tuple[Path, Path], change: Callable[[dict[str, Tensor]], Any]) -> tuple[Path, Path]:
     weights = load_file(paths[1])
     change(weights)

@@ -115,6 +115,15 @@ def test_cartoon_lines_draws_outlines_and_borders_of_colour_once_and_no_hatching
     assert hint[40:120, 108:116].max() < 0.01
 
 
+def test_cartoon_lines_flatten_grain_and_darker_hatching():
+    image = cartoon()
+    image[50:110:6, 130:170] -= 0.04
+    image += np.random.default_rng(0).normal(0, 0.03, image.shape).astype(np.float32)
+    hint = cartoon_lines(image.clip(0, 1))[:, :, 0]
+    # One pass of the filter would leave 0.08 of the hatching, two would leave 0.02.
+    assert hint[48:112, 128:172].max() < 0.01 and hint[:30, 100:].max() < 0.01
+
+
 def test_cartoon_lines_parameters():
     image = cartoon()
     # A wider Gaussian draws wider lines, less smoothing keeps the hatching, a high threshold leaves nothing.

@@ -80,8 +80,8 @@ def test_edges_are_what_dilation_finds_too():
     disc = x * x + y * y <= 9
     a, b = ours[:, :, 0] > 0, wanted[:, :, 0] > 0
     score = measure.edge_f1(ours, wanted, 3)
-    assert score.precision == pytest.approx((a & np.asarray(binary_dilation(b, disc))).sum() / a.sum())
-    assert score.recall == pytest.approx((b & np.asarray(binary_dilation(a, disc))).sum() / b.sum())
+    assert score.precision == pytest.approx((a & np.asarray(binary_dilation(b, disc), bool)).sum() / a.sum())
+    assert score.recall == pytest.approx((b & np.asarray(binary_dilation(a, disc), bool)).sum() / b.sum())
     assert 0.1 < score.f1 < 0.9
 
 
@@ -137,6 +137,7 @@ def test_mean_iou_over_colours():
     assert measure.mean_iou(result, hint) == pytest.approx((8 / 12 + 4 / 8) / 2)
     result[:, 2] = green  # a class of its own: red 8 of 8, blue 4 of 8, green 0 of 4
     assert measure.mean_iou(result, hint) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert measure.mean_iou(hint, result) == measure.mean_iou(result, hint)
 
 
 def test_colours_on_a_few_pixels_are_no_class():

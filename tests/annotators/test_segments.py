@@ -134,6 +134,12 @@ def test_a_network_of_another_palette_is_refused(tmp_path: Path):
         segments.build_ade20k(*paths)
 
 
+def test_half_precision_is_refused(tmp_path: Path):
+    network: Any = segments.build_coco(*tiny.oneformer(tmp_path, 133)).half()
+    with pytest.raises(AnnotatorError, match=r"OneFormer is in torch\.float16; it answers rightly in float32 alone"):
+        segments.segments_coco(network, np.zeros((64, 64, 3), np.float32))
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_from_a_photograph_to_a_hint(networks: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch):
     """With any size, twice the same, without a word to the net, and the picture stays as it is."""

@@ -86,11 +86,6 @@ def test_cfg_resolution_is_the_papers_64_over_h():
     assert [tensor.unique().item() for tensor in weighed] == [0.5, 1.0, 2.0, 4.0, 4.0]
 
 
-@pytest.mark.parametrize(("guidance", "halves"), [("both", (True, True)), ("cond_only", (True, False))])
-def test_guidance_says_which_halves_act(guidance: str, halves: tuple[bool, bool]):
-    assert Strength(guidance=guidance).halves == halves  # type: ignore[arg-type]
-
-
 def test_an_unknown_guidance_is_refused():
     with pytest.raises(StrengthError, match="both, cond_only, cfg_resolution"):
         Strength(guidance="uncond")  # type: ignore[arg-type]

@@ -141,7 +141,8 @@ def test_neighbours_are_fused_as_the_core_fuses_them(host: Host):
         stack = {"stack": host.call("StackControls", **stack, **entry(host, kind, hint, strength=strength))[0]}
     from zeroconv.nodes.host.stack import controls
 
-    (fused,) = controls(stack["stack"])
+    first, fused = controls(stack["stack"])
+    fused.set_previous_controlnet(first)
     result = step(host, fused)
     network = fused.network
     with torch.inference_mode():
