@@ -177,6 +177,7 @@ ANNOTATORS: tuple[Annotator, ...] = (
         ),
         networks=("dpt_hybrid",),
     ),
+    Annotator("normal_moge", "moge:normal_moge", networks=("moge2_small",)),
     # -- segments ----------------------------------------------------------------------------------------------------
     Annotator(
         "superpixels",

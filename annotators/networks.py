@@ -135,6 +135,19 @@ NETWORKS: tuple[Network, ...] = (
         "MIT",
     ),
     Network(
+        "moge2_small",
+        "moge:build",
+        (
+            File(
+                "Ruicheng/moge-2-vits-normal",
+                "model.pt",
+                140_550_416,
+                "79a16621928c2bf0ed04659218c55c01075e950507f40bb3332fb4c873d3e1dc",
+            ),
+        ),
+        "MIT (microsoft/MoGe)",
+    ),
+    Network(
         "oneformer_ade20k",
         "segments:build_ade20k",
         (

@@ -8,10 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..controlnet_core.block_weights import LARGEST, PRESETS, SOFT, BlockWeights
 from ..controlnet_core.schedule import CURVES, SCHEDULE_UNITS, Schedule, ScheduleError, parse
-from . import pictures
-
-ScheduleSocket = io.Custom("CONTROL_SCHEDULE")
-BlockWeightsSocket = io.Custom("CONTROL_BLOCK_WEIGHTS")
+from . import apply, pictures
 
 CUSTOM = "custom"
 FAMILIES = {12: "SD1.x, SD2.x: 12 skip connections and the middle", 9: "SDXL: 9 skip connections and the middle"}
@@ -71,7 +68,7 @@ class ControlSchedule(io.ComfyNode):
                     tooltip='One factor for each picture or frame of the batch, "1, 0.5, 0"; empty: all alike.',
                 ),
             ],
-            outputs=[ScheduleSocket.Output(display_name="schedule")],
+            outputs=[apply.Schedule.Output(display_name="schedule")],
             is_output_node=True,
         )
 
@@ -128,7 +125,7 @@ class ControlBlockWeights(io.ComfyNode):
                     tooltip="Multiplies the middle block's weight: 1 in every preset but shallow half, 0 there.",
                 ),
             ],
-            outputs=[BlockWeightsSocket.Output(display_name="block_weights")],
+            outputs=[apply.BlockWeights.Output(display_name="block_weights")],
             is_output_node=True,
         )
 

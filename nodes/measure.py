@@ -17,6 +17,8 @@ from .annotate import PoseKeypoint, _each
 from .host import annotators as host_annotators
 from .host.progress import steps
 
+_NO_JOINTS = "a pose is measured by its joints, and there are none: connect {}"
+
 
 class MeasureControl(io.ComfyNode):
     """Makes the hint of a result and scores it against the hint that the result was made with."""
@@ -76,6 +78,9 @@ class MeasureControl(io.ComfyNode):
     ) -> io.NodeOutput:
         if len(image) == 0 or len(hint) == 0:
             raise AnnotatorError(f"found {len(image)} images and {len(hint)} hints: connect at least one of each")
+        posed = kind_of(annotator) == "pose"
+        if posed and not pose_keypoints:
+            raise AnnotatorError(_NO_JOINTS.format("pose_keypoints, those of the hint"))
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
         hints = _each(hint, len(image), "hints")
@@ -96,12 +101,13 @@ class MeasureControl(io.ComfyNode):
                 result = resized(to_picture(_array(made[i])), height, width)
             elif frame is None:
                 result, frame = pipeline.annotate(chosen, picture, networks=networks)
-            if kind_of(annotator) == "pose":
-                ours = read_bodies(_joints(frame, "result_keypoints"), height, width)
-                theirs = read_bodies(_joints(wanted[i], "pose_keypoints"), *whole.shape[:2])
-                compared.append(compare_people(picture, ours, cut_bodies(theirs, rows, columns)))
-            else:
+            if not posed:
                 compared.append(compare(annotator, picture, result, target, tolerance))
+            elif frame is None:
+                raise AnnotatorError(_NO_JOINTS.format("result_keypoints with the result_hint"))
+            else:
+                bodies = cut_bodies(read_bodies(wanted[i], *whole.shape[:2]), rows, columns)
+                compared.append(compare_people(picture, read_bodies(frame, height, width), bodies))
         score = float(np.mean([one.score for one in compared]))
         text = f"{annotator}: score {score:.3f} of 1{cropped}\n" + "\n".join(
             (f"picture {i}: " if len(compared) > 1 else "") + one.says for i, one in enumerate(compared, 1)
@@ -113,9 +119,3 @@ class MeasureControl(io.ComfyNode):
 
 def _array(picture: torch.Tensor) -> np.ndarray:
     return picture.float().cpu().numpy()
-
-
-def _joints(frame: Any, name: str) -> Any:
-    if frame is None:
-        raise AnnotatorError(f"a pose is measured by its joints, and there are none: connect {name}")
-    return frame

@@ -53,7 +53,7 @@ def test_pages_list_each_input_with_its_default_and_each_output(host_server: Hos
             if isinstance(default, str):
                 assert defaults[name].strip() == default, f"{node}: {name}"
             elif isinstance(default, (int, float)) and not isinstance(default, bool):
-                assert float(defaults[name].split()[0]) == default, f"{node}: {name}"
+                assert float(defaults[name].split()[0]) == pytest.approx(default, rel=1e-3), f"{node}: {name}"
         for output in described["output_name"]:
             assert f"`{output}`" in text.partition("## Output")[2], f"{node}: {output}"
 

@@ -27,14 +27,24 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Saved:
-    """A file that was written: its name as LoadControlNet lists it, where it lies, and its size in bytes."""
+    """A file that was written: its name as LoadControlNet lists it, where it lies, and its size in bytes.
+
+    `rounded` is the dtype in which the control was in memory, where the file's is wider.
+    """
 
     name: str
     folder: Path
     size: int
+    rounded: torch.dtype | None
 
     def __str__(self) -> str:
-        return f"saved {self.name}\n{self.size / 2**20:.1f} MiB in {self.folder}"
+        text = f"saved {self.name}\n{self.size / 2**20:.1f} MiB in {self.folder}"
+        if self.rounded is None:
+            return text
+        return (
+            f"{text}\nthe control was in memory as {str(self.rounded).removeprefix('torch.')}: if its own file is more "
+            "exact than that, load it with a wider weight_dtype before you save it"
+        )
 
 
 def save(
@@ -67,7 +77,10 @@ def save(
     folder = users_folder()
     path = free_path(folder, parts)
     saving.write(path, *written)
-    return Saved(str(path.relative_to(folder)), folder, path.stat().st_size)
+    held, kept = usual_dtype(network.state_dict()), usual_dtype(written[0])
+    return Saved(
+        str(path.relative_to(folder)), folder, path.stat().st_size, held if held.itemsize < kept.itemsize else None
+    )
 
 
 def new_control(model: Any, hint_channels: int, hint_encoder: str) -> ControlNetControl:

@@ -268,7 +268,9 @@ class Host:
         model = self.watched(scene.model, before_unet)
         return self._recorded(lambda: self.call(node, model=model, **given)[0]["samples"])
 
-    def sample_guided(self, model: Any, guider: str, steps: int = STEPS, **inputs: Any) -> Run:
+    def sample_guided(
+        self, model: Any, guider: str, steps: int = STEPS, latent_image: dict[str, Tensor] | None = None, **inputs: Any
+    ) -> Run:
         """Sample with SamplerCustomAdvanced and the guider node of this id."""
         model = self.watched(model)
         custom = {
@@ -276,7 +278,7 @@ class Host:
             "noise": self.call("RandomNoise", noise_seed=5)[0],
             "sampler": self.call("KSamplerSelect", sampler_name="euler")[0],
             "sigmas": self.call("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0],
-            "latent_image": latent(),
+            "latent_image": latent_image or latent(),
         }
         return self._recorded(lambda: self.call("SamplerCustomAdvanced", **custom)[0]["samples"])
 

@@ -21,9 +21,14 @@ WAYS_TO_RUN = {
     "low VRAM": ("--novram --force-fp32", "1e-3"),
 }
 
+TESTS = [
+    *("test_parity.py", "test_dosing_off.py", "test_integrity.py", "test_formulas.py", "test_guiders.py"),
+    *("test_union.py", "test_control_lora.py", "test_t2i_adapter.py", "test_lllite.py", "test_annotators.py"),
+]
+
 
 @pytest.mark.parametrize("precision", WAYS_TO_RUN)
-@pytest.mark.parametrize("tests", ["test_parity.py", "test_dosing_off.py", "test_integrity.py", "test_lllite.py"])
+@pytest.mark.parametrize("tests", TESTS)
 def test_on_cuda(comfy_path: Path, tests: str, precision: str):
     flags, tolerance = WAYS_TO_RUN[precision]
     environment = {"ZEROCONV_HOST_ARGS": flags, "ZEROCONV_HOST_TOLERANCE": tolerance, "COMFYUI_PATH": str(comfy_path)}

@@ -258,6 +258,15 @@ def test_strengths_for_each_picture(host: Host):
     assert_same(half, host.sample(apply(host, strength=0.5), **two), without)
 
 
+def test_strengths_for_fewer_frames_than_context_windows_run_over_are_refused(host: Host):
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    scene = apply(host, schedule=schedule(host, "0: 1", per_image="1, 0.5, 0"))
+    windows = ContextWindowsManualNode.execute(scene.model, 4, 2, "standard_static", 1, False, "pyramid", 0)
+    with pytest.raises(Exception, match="per_image has 3 strengths, the batch at least 4 pictures"):
+        host.sample(replace(scene, model=windows.result[0]), latent_image=latent(6), steps=5)  # type: ignore[index]
+
+
 def test_strengths_for_another_number_of_pictures_are_refused(host: Host):
     made = schedule(host, "0: 1", per_image="1, 0.5, 0")
     with pytest.raises(Exception, match="per_image has 3 strengths, the batch 2 pictures"):
@@ -309,6 +318,35 @@ def test_middle_only_by_every_way(host: Host, way: str):
     reference = host.sample(host.native(host.scene(), "sd15", Control("depthmiddle")))
     run = host.sample(apply(host, way, block_weights=weights(host, preset="middle only")))
     assert_same(run, reference, host.sample(host.scene()))
+
+
+def scaled_in_the_file(host: Host, name: str, factors: list[float]) -> Run:
+    """Native control by a file whose zero convolution i, the middle's last, is multiplied by `factors[i]`."""
+    state = host.state("sd15_depth")
+    for key in state:
+        for i, factor in enumerate(factors):
+            if key.startswith(f"zero_convs.{i}." if i < 12 else "middle_block_out."):
+                state[key] *= factor
+    host.write(f"sd15_{name}", state)
+    return host.sample(host.native(host.scene(), "sd15", Control(name)))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "factors"),
+    [
+        (
+            {"preset": "custom", "skips": "0.1, 0.9, 0.2, 0.8, 0.3, 1, 0, 1.2, 0.6, 0.4, 1.5, 0.7", "middle": 0.5},
+            [0.1, 0.9, 0.2, 0.8, 0.3, 1, 0, 1.2, 0.6, 0.4, 1.5, 0.7, 0.5],
+        ),
+        ({"preset": "deep half"}, [0] * 6 + [1] * 7),
+        ({"preset": "shallow half"}, [1] * 6 + [0] * 7),
+        ({"preset": "soft", "falloff": 0.5}, [0.5 ** (12 - i) for i in range(13)]),
+    ],
+    ids=["custom", "deep half", "shallow half", "soft 0.5"],
+)
+def test_weights_are_those_of_a_file_with_scaled_zero_convolutions(host: Host, inputs: dict, factors: list[float]):
+    reference = scaled_in_the_file(host, "depth" + inputs["preset"].replace(" ", ""), factors)
+    assert_same(host.sample(apply(host, block_weights=weights(host, **inputs))), reference, host.sample(host.scene()))
 
 
 def test_the_halves_add_up(host: Host):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from graphs import STEPS, WAYS, Control, Run, Scene, assert_same, off_by, picture
+from graphs import MOVES, STEPS, WAYS, Control, Run, Scene, assert_same, latent, off_by, picture
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -248,3 +248,148 @@ def test_a_run_has_as_many_control_passes_as_steps(host: Host):
     native = host.sample(host.native(host.scene(), "sd15", Control()))
     assert run.calls("control") == native.calls("control")
     assert run.count("control") == STEPS
+
+
+# -- controls of other loaders, dosed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["ApplyControl", "ApplyControlToPrompt"])
+def test_a_foreign_control_gets_the_hints_of_its_context_window(host: Host, way: str):
+    """As our own does, which test_formulas.py compares with each frame's hint by itself."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    hints = torch.cat([Control(hint=1).image.repeat(3, 1, 1, 1), Control(hint=2).image.repeat(3, 1, 1, 1)])
+    frames: dict[str, Any] = {"latent_image": latent(6), "steps": 5}
+
+    def run(foreign: bool) -> Run:
+        scene = host.apply(way, host.scene(), "sd15", Control(options={"image": hints}), foreign=foreign)
+        made = ContextWindowsManualNode.execute(scene.model, 4, 2, "standard_static", 1, False, "pyramid", 0)
+        return host.sample(replace(scene, model=made.result[0]), **frames)  # type: ignore[index]
+
+    assert off_by(run(foreign=True), run(foreign=False)) <= 1e-4
+
+
+def seen_by_inner(host: Host, monkeypatch: pytest.MonkeyPatch, result: Any) -> list[tuple[int, Any]]:
+    """What a control of the host's loader is told in a cond_only run: samples and `cond_or_uncond` of each call."""
+    import comfy.controlnet
+
+    seen = []
+    whole = comfy.controlnet.ControlNet.get_control
+
+    def get_control(self: Any, x: Any, t: Any, cond: Any, batched_number: int, options: dict) -> Any:
+        seen.append((x.shape[0], options["cond_or_uncond"], batched_number, len(options["uuids"])))
+        return result(whole(self, x, t, cond, batched_number, options))
+
+    monkeypatch.setattr(comfy.controlnet.ControlNet, "get_control", get_control)
+    control = Control(options={"guidance": "cond_only"})
+    host.sample(host.apply("ApplyControl", host.scene(), "sd15", control, foreign=True))
+    return seen
+
+
+def test_a_foreign_control_is_told_of_the_conds_it_acts_on(host: Host, monkeypatch: pytest.MonkeyPatch):
+    assert seen_by_inner(host, monkeypatch, lambda control: control) == [(1, [0], 1, 1)] * STEPS
+
+
+def test_a_foreign_control_without_residuals_is_refused(host: Host, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(
+        Exception, match="hands out no residuals here, so that they cannot be dosed: use the apply node"
+    ):
+        seen_by_inner(host, monkeypatch, lambda control: None)
+
+
+def test_a_foreign_control_that_acts_through_hooks_needs_prompts(host: Host):
+    import comfy.hooks
+    from comfy.patcher_extension import WrappersMP
+
+    ran = []
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(1)
+        return executor(*args, **kwargs)
+
+    native = host.load("sd15_depth", native=True).copy()
+    native.extra_hooks = comfy.hooks.HookGroup()
+    native.extra_hooks.add(
+        comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.CALC_COND_BATCH: {"x": [wrapper]}}})
+    )
+    scene, inputs = host.scene(), {"control_net": native, "image": picture(1)}
+    with pytest.raises(Exception, match="acts through hooks, .* use Apply Control to Prompt"):
+        host.call("ApplyControl", model=scene.model, **inputs)
+    positive, negative = host.call("ApplyControlToPrompt", positive=scene.positive, negative=scene.negative, **inputs)
+    host.sample(replace(scene, positive=positive, negative=negative))
+    assert len(ran) == STEPS
+
+
+# -- every kind of control in the host's own nodes --------------------------------------------------------------------
+
+KINDS = ("union", "lora", "adapter", "lllite")
+
+
+def made(host: Host, kind: str) -> Any:
+    """A CONTROL_NET of this kind for the tiny SDXL model."""
+    from tiny_kinds import adapter_state, lora_state, union_state
+
+    from .test_lllite import file_for, published
+
+    make = {
+        "union": union_state,
+        "lora": lambda: lora_state("sdxl"),
+        "adapter": lambda: adapter_state("sdxl"),
+        "lllite": lambda: file_for(host.model("sdxl").model.diffusion_model, published),
+    }[kind]
+    control = host.load_made(f"sdxl_kind_{kind}", make)
+    if kind == "union":
+        (control,) = host.call("SetUnionControlNetType", control_net=control, type="depth")
+    return control
+
+
+def by_native_nodes(host: Host, *controls: tuple[Any, int]) -> Scene:
+    scene = host.scene("sdxl")
+    for control, hint in controls:
+        positive, negative = host.call(
+            "ControlNetApplyAdvanced",
+            positive=scene.positive,
+            negative=scene.negative,
+            control_net=control,
+            image=picture(hint),
+            strength=0.7,
+            start_percent=0.0,
+            end_percent=0.8,
+        )
+        scene = replace(scene, positive=positive, negative=negative)
+    return scene
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_in_the_hosts_apply_node_before_and_after_a_native_control(host: Host, kind: str):
+    ours, native = made(host, kind), host.load("sdxl_depth", native=True)
+    alone = host.sample(by_native_nodes(host, (ours, 1)))
+    without = host.sample(host.scene("sdxl"))
+    scene = host.scene("sdxl")
+    (model,) = host.call("ApplyControl", model=scene.model, control_net=ours, image=picture(1), strength=0.7, end=0.8)
+    assert_same(host.sample(replace(scene, model=model)), alone, without)
+    both = host.sample(by_native_nodes(host, (ours, 1), (native, 2)))
+    assert off_by(host.sample(by_native_nodes(host, (native, 2), (ours, 1))), both) <= 1e-4
+    assert off_by(both, alone) >= 1e-3 and both.calls("unet") == without.calls("unet")
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter", "lllite"])
+def test_every_kind_takes_its_own_frames_hints_in_context_windows(host: Host, kind: str):
+    """A Union is left out: its authors let the pictures of a batch see each other's hints."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    control = made(host, kind)
+    frames: dict[str, Any] = {"latent_image": latent(6), "steps": 5}
+
+    def run(image: torch.Tensor) -> torch.Tensor:
+        scene = host.scene("sdxl")
+        (model,) = host.call("ApplyControl", model=scene.model, control_net=control, image=image)
+        windows = ContextWindowsManualNode.execute(model, 4, 2, "standard_static", 1, False, "pyramid", 0)
+        return host.sample(replace(scene, model=windows.result[0]), **frames).latent  # type: ignore[index]
+
+    first, second = run(picture(1)), run(picture(2))
+    mixed = run(torch.cat([picture(1).repeat(3, 1, 1, 1), picture(2).repeat(3, 1, 1, 1)]))
+    largest = first.abs().max()
+    assert (first - second).norm() >= MOVES * first.norm()
+    assert (mixed[:3] - first[:3]).abs().max() <= 1e-4 * largest
+    assert (mixed[3:] - second[3:]).abs().max() <= 1e-4 * largest

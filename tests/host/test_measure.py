@@ -97,6 +97,8 @@ def test_a_pose_is_measured_by_its_joints(host: Host):
     assert less < 0.5
     with pytest.raises(Exception, match="a pose is measured by its joints, and there are none: connect pose_keypoints"):
         host.call("MeasureControl", **inputs, result_keypoints=keypoints)
+    with pytest.raises(Exception, match="there are none: connect result_keypoints with the result_hint"):
+        host.call("MeasureControl", **inputs, result_hint=made["pose"], pose_keypoints=keypoints)
 
 
 @dataclass

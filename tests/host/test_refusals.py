@@ -189,3 +189,35 @@ def test_weights_load_strictly(host: Host, wrong: str):
     host.write(f"sd15_{wrong}", state)
     with pytest.raises(Exception, match=re.escape(key)):
         host.call("LoadControlNet", control_net_name=f"sd15_{wrong}.safetensors")
+
+
+@pytest.mark.parametrize("after_skip", [True, False])
+@pytest.mark.parametrize("way", ["ApplyControl", "ApplyControlToPrompt"])
+def test_a_node_that_shrinks_the_models_blocks_is_refused(host: Host, way: str, after_skip: bool):
+    """Deep Shrink: the host would add what still fits and only log the rest."""
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale as DeepShrink
+
+    scene = host.scene()
+    made = DeepShrink.execute(scene.model, 3, 2.0, 0.0, 0.35, after_skip, "bicubic", "bicubic")
+    shrunk = Scene(made.result[0], scene.positive, scene.negative)  # type: ignore[index]
+    host.sample(shrunk)
+    with pytest.raises(
+        Exception, match="encoder block . of the model gives 64x4x4, and control has 64x8x8 for it: ano"
+    ):
+        host.sample(host.apply(way, shrunk, "sd15", Control()))
+    late = Control(start=0.4)
+    host.sample(host.apply(way, shrunk, "sd15", late))  # where the two never meet, nothing is wrong
+
+
+def test_a_model_for_a_file_without_differences_is_refused(host: Host):
+    host.load("sd15_depth")
+    with pytest.raises(Exception, match="these weights hold no differences from one: leave it out"):
+        host.call("LoadControlNet", control_net_name="sd15_depth.safetensors", model=host.model("sd15"))
+
+
+def test_a_union_type_on_another_control_is_refused(host: Host):
+    (typed,) = host.call("SetUnionControlNetType", control_net=host.load("sd15_depth"), type="depth")
+    with pytest.raises(Exception, match="a ControlNet, which has one type only: take SetUnionControlNetType off"):
+        host.call("ApplyControl", model=host.model("sd15"), control_net=typed, image=Control().image)
+    (auto,) = host.call("SetUnionControlNetType", control_net=typed, type="auto")
+    host.call("ApplyControl", model=host.model("sd15"), control_net=auto, image=Control().image)

@@ -423,3 +423,14 @@ def test_a_new_control_of_a_model_that_is_no_sd_unet_is_refused(host: Host):
     model.model = type("Flux", (), {"model_config": type("Flux", (), {"unet_config": {"image_model": "flux"}})()})()
     with pytest.raises(Exception, match="a new ControlNet is a ControlNet of the SD UNet, the model is Flux: connect"):
         host.ours["NewControlNet"].execute(model, 3, "released")
+
+
+def test_the_node_says_when_memory_was_narrower_than_the_file(host: Host):
+    narrow = host.load("sd15_depth", weight_dtype="bf16")
+
+    def told(dtype: str) -> str:
+        output = host.ours["SaveControlNet"].execute(narrow, f"narrow_{dtype}", "ldm", dtype, "control")
+        return output.ui.as_dict()["text"][0]
+
+    assert "the control was in memory as bfloat16: if its own file is more exact than that, load it" in told("fp32")
+    assert "in memory" not in told("bf16") + told("fp16")

@@ -1,0 +1,304 @@
+"""Surface normals straight from a picture, by MoGe-2: a DINOv2 transformer, a shared neck, a head for each answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .images import AnnotatorError, to_picture
+from .learned import UNREADABLE
+
+PATCH, PATCHES = 14, 37
+"""DINOv2 sees patches of 14 pixels, and has learned the places of 37x37."""
+HEAD_WIDTH = 64
+POSITION_OFFSET = 0.1
+"""DINOv2 stretches its places by a little more than the patches ask for, and was trained so."""
+LEVELS = 5
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": partial(nn.LeakyReLU, 0.2), "silu": nn.SiLU, "elu": nn.ELU}
+UNREAD = ("points_head.", "scale_head.")
+"""Answers of the published network that normals do without."""
+
+
+class Attention(nn.Module):
+    """Self-attention of DINOv2."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From (B,N,C) to (B,N,C)."""
+        query, key, value = rearrange(self.qkv(tokens), "b n (three h c) -> three b h n c", three=3, c=HEAD_WIDTH)
+        found = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(rearrange(found, "b h n c -> b n (h c)"))
+
+
+class MLP(nn.Module):
+    """The two linear layers of a transformer block."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From (B,N,C) to (B,N,C)."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class LayerScale(nn.Module):
+    """A factor for each channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From (B,N,C) to (B,N,C)."""
+        return tokens * self.gamma
+
+
+class Block(nn.Module):
+    """A transformer block of DINOv2."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), Attention(width), LayerScale(width)
+        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), MLP(width), LayerScale(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From (B,N,C) to (B,N,C)."""
+        tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
+        return tokens + self.ls2(self.mlp(self.norm2(tokens)))
+
+
+class PatchEmbed(nn.Module):
+    """Pixels to tokens."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, PATCH, stride=PATCH)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """From (B,3,14h,14w) to (B,h*w,C)."""
+        return rearrange(self.proj(pixels), "b c h w -> b (h w) c")
+
+
+class DINOv2(nn.Module):
+    """The transformer, with the keys of facebookresearch/dinov2."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + PATCHES**2, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.patch_embed = PatchEmbed(width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The normed patch tokens (B,h*w,C) after each of `layers`, of pixels (B,3,14h,14w)."""
+        rows, columns = pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
+        patches = self.patch_embed(pixels)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.places(rows, columns)
+        found = []
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index in layers:
+                found.append(self.norm(tokens)[:, 1:])
+        return found
+
+    def places(self, rows: int, columns: int) -> Tensor:
+        """What tells tokens their places, (1,1+h*w,C)."""
+        if rows == columns == PATCHES:
+            return self.pos_embed
+        known = rearrange(self.pos_embed[:, 1:].float(), "b (h w) c -> b c h w", h=PATCHES)
+        scale = ((rows + POSITION_OFFSET) / PATCHES, (columns + POSITION_OFFSET) / PATCHES)
+        fitted = rearrange(F.interpolate(known, scale_factor=scale, mode="bicubic"), "b c h w -> b (h w) c")
+        return torch.cat([self.pos_embed[:, :1], fitted.to(self.pos_embed.dtype)], dim=1)
+
+
+class Encoder(nn.Module):
+    """A picture as features of `width_out` channels, one for each patch."""
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, width: int, depth: int, layers: Sequence[int], width_out: int):
+        super().__init__()
+        self.layers = layers
+        self.backbone = DINOv2(width, depth)
+        self.output_projections = nn.ModuleList(nn.Conv2d(width, width_out, 1) for _ in layers)
+        self.register_buffer("image_mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("image_std", torch.ones(1, 3, 1, 1))
+
+    def forward(self, image: Tensor, rows: int, columns: int) -> Tensor:
+        """From (B,3,H,W), 0..1, to (B,C,rows,columns)."""
+        seen = F.interpolate(image, (rows * PATCH, columns * PATCH), mode="bilinear", antialias=True)
+        found = self.backbone((seen - self.image_mean) / self.image_std, self.layers)
+        maps = [rearrange(tokens, "b (h w) c -> b c h w", h=rows) for tokens in found]
+        return torch.stack([project(map_) for project, map_ in zip(self.output_projections, maps, strict=True)]).sum(0)
+
+
+class Residual(nn.Module):
+    """Two convolutions, added to what they read."""
+
+    def __init__(self, width: int, settings: Mapping[str, Any]):
+        super().__init__()
+        hidden = width * settings.get("dim_times_res_block_hidden", 1)
+        activation = ACTIVATIONS[settings.get("activation", "relu")]
+        self.layers = nn.Sequential(
+            _norm(settings.get("res_block_in_norm", "layer_norm"), width),
+            activation(),
+            nn.Conv2d(width, hidden, 3, padding=1, padding_mode="replicate"),
+            _norm(settings.get("res_block_hidden_norm", "group_norm"), hidden),
+            activation(),
+            nn.Conv2d(hidden, width, 3, padding=1, padding_mode="replicate"),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """From (B,C,h,w) to (B,C,h,w)."""
+        return features + self.layers(features)
+
+
+class ConvStack(nn.Module):
+    """Features of several sizes, each twice the one before; `settings` are those that the published file carries."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        super().__init__()
+        widths = settings["dim_res_blocks"]
+        wanted = [_each(settings[key], len(widths)) for key in ("dim_in", "dim_out", "resamplers")]
+        repeats = _each(settings.get("num_res_blocks", 1), len(widths))
+        self.input_blocks = nn.ModuleList(map(_projection, wanted[0], widths))
+        self.resamplers = nn.ModuleList(map(_doubling, wanted[2], widths[:-1], widths[1:]))
+        self.res_blocks = nn.ModuleList(
+            nn.Sequential(*(Residual(width, settings) for _ in range(count)))
+            for width, count in zip(widths, repeats, strict=True)
+        )
+        self.output_blocks = nn.ModuleList(
+            nn.Identity() if out is None else nn.Conv2d(width, out, 1)
+            for width, out in zip(widths, wanted[1], strict=True)
+        )
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """From (B,C,h*2**i,w*2**i) for i = 0, 1, ... to as many as there are sizes."""
+        found: list[Tensor] = []
+        features = torch.zeros(())
+        for level in range(len(self.res_blocks)):
+            features = self.input_blocks[level](inputs[level]) + (self.resamplers[level - 1](features) if level else 0)
+            features = self.res_blocks[level](features)
+            found.append(self.output_blocks[level](features))
+        return found
+
+
+class MoGe(nn.Module):
+    """MoGe-2 with its normals and the mask of where it knows any (microsoft/MoGe moge/model/v2.py)."""
+
+    def __init__(self, settings: Mapping[str, Any], width: int, depth: int):
+        super().__init__()
+        encoder = settings["encoder"]
+        layers = encoder["intermediate_layers"]
+        layers = range(depth - layers, depth) if isinstance(layers, int) else layers
+        self.encoder = Encoder(width, depth, layers, encoder["dim_out"])
+        self.neck = ConvStack(settings["neck"])
+        self.normal_head = ConvStack(settings["normal_head"])
+        self.mask_head = ConvStack(settings["mask_head"])
+        self.patches = settings["num_tokens_range"][1]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Normals (B,3,H,W) of length 1, x to the right, y down, z away, and where they are known, (B,1,H,W), 0..1."""
+        height, width = image.shape[2:]
+        aspect = width / height
+        rows, columns = max(1, round((self.patches / aspect) ** 0.5)), max(1, round((self.patches * aspect) ** 0.5))
+        seen = self.encoder(image, rows, columns)
+        views = [_view(rows * 2**level, columns * 2**level, aspect).to(seen)[None] for level in range(LEVELS)]
+        views = [view.expand(len(image), -1, -1, -1) for view in views]
+        features = self.neck([torch.cat([seen, views[0]], dim=1), *views[1:]])
+        normals, mask = (
+            F.interpolate(head(features)[-1], (height, width), mode="bilinear")
+            for head in (self.normal_head, self.mask_head)
+        )
+        return F.normalize(normals, dim=1), mask.sigmoid()
+
+
+def build(path: Path) -> nn.Module:
+    """MoGe-2 of its model.pt (Ruicheng/moge-2-vits-normal): eval, fp32, CPU. Raises AnnotatorError for another file.
+
+    The file says how its network is made; every weight that normals need must be there, and no unknown one.
+    """
+    todo = "put the published file in its place, or delete it so that it is fetched again"
+    try:
+        said = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {key: weight for key, weight in said["model"].items() if not key.startswith(UNREAD)}
+        blocks = {int(key.split(".")[3]) for key in weights if key.startswith("encoder.backbone.blocks.")}
+        with torch.device("meta"):
+            network = MoGe(said["model_config"], weights["encoder.backbone.cls_token"].shape[-1], len(blocks))
+        network.load_state_dict(weights, strict=True, assign=True)
+    except (*UNREADABLE, TypeError, AttributeError, IndexError) as error:
+        raise AnnotatorError(
+            f"{path} is no MoGe-2 with normals ({' '.join(str(error).split())[:200]}): {todo}"
+        ) from error
+    return network.float().requires_grad_(False).eval()
+
+
+def normal_moge(network: MoGe, image: np.ndarray) -> np.ndarray:
+    """Normals (H,W,3) float32 0..1 of a picture (H,W,3): what faces left is red, up green, the viewer blue.
+
+    ScanNet's colours, in which ControlNet 1.1's normals are (lllyasviel/ControlNet-v1-1-nightly README). Where the
+    network knows none, as of the sky, the viewer is faced. Raises AnnotatorError for an answer that is not finite.
+    """
+    weight = network.encoder.backbone.cls_token
+    pixels = rearrange(torch.from_numpy(to_picture(image)), "h w c -> 1 c h w").to(weight.device, weight.dtype)
+    with torch.inference_mode():
+        normals, known = (answer.float() for answer in network(pixels))
+    if not (normals.isfinite().all() and known.isfinite().all()):
+        raise AnnotatorError("the network answered with numbers that are not finite: run it in fp32, or fetch it again")
+    front = normals.new_tensor([0.0, 0.0, -1.0]).view(1, 3, 1, 1)
+    facing = (1 - torch.where(known > 0.5, normals, front)) / 2
+    return rearrange(facing, "1 c h w -> h w c").contiguous().cpu().numpy()
+
+
+def _view(rows: int, columns: int, aspect: float) -> Tensor:
+    """Where each pixel centre is, (2,rows,columns): across and down, the half diagonal being 1."""
+    diagonal = math.hypot(1, aspect)
+    across = torch.linspace(-1, 1, columns) * (aspect / diagonal * (columns - 1) / columns)
+    down = torch.linspace(-1, 1, rows) * (1 / diagonal * (rows - 1) / rows)
+    return torch.stack([across.expand(rows, -1), down[:, None].expand(-1, columns)])
+
+
+def _each(setting: Any, count: int) -> list[Any]:
+    return list(setting) if isinstance(setting, (list, tuple)) else [setting] * count
+
+
+def _projection(width_in: int | None, width: int) -> nn.Module:
+    return nn.Identity() if width_in is None else nn.Conv2d(width_in, width, 1)
+
+
+def _doubling(kind: str, width: int, width_out: int) -> nn.Module:
+    if kind == "conv_transpose":
+        enlarge, width = nn.ConvTranspose2d(width, width_out, 2, stride=2), width_out
+    elif kind in ("bilinear", "nearest"):
+        enlarge = nn.Upsample(scale_factor=2, mode=kind)
+    elif kind == "pixel_shuffle":
+        wide = nn.Conv2d(width, 4 * width_out, 3, padding=1, padding_mode="replicate")
+        return nn.Sequential(
+            wide, nn.PixelShuffle(2), nn.Conv2d(width_out, width_out, 3, padding=1, padding_mode="replicate")
+        )
+    else:
+        raise ValueError(f"an unknown way to enlarge: {kind}")
+    return nn.Sequential(enlarge, nn.Conv2d(width, width_out, 3, padding=1, padding_mode="replicate"))
+
+
+def _norm(kind: str, width: int) -> nn.Module:
+    kinds = {"none": 0, "layer_norm": 1, "group_norm": width // 32}
+    return nn.GroupNorm(kinds[kind], width) if kinds[kind] else nn.Identity()
