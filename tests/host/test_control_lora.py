@@ -289,7 +289,7 @@ def test_no_network_is_built_for_a_run(host: Host, monkeypatch: pytest.MonkeyPat
     assert len(built) >= 1  # the host builds one, so this counts
     built.clear()
     ours = apply(host, start, load(host, "sd15"))
-    assert len(built) == 1
+    assert len(built) <= 1  # by the loader, unless it has this file already
     built.clear()
     first, second = host.sample(ours), host.sample(ours)
     assert built == []
