@@ -4,6 +4,7 @@
     python dev.py test [--full] [...]      ruff, pyright and every test; --full adds the slow ones, the rest is pytest's
     python dev.py serve [--port 8188]      the same ComfyUI with this pack, for a browser
     python dev.py lab ...                  the small world: train, evaluate (`lab --help` lists its commands)
+    python dev.py hints ...                what every annotator makes of one photograph, as pictures
     python dev.py bench NAME ...           one of benchmarks/
     python dev.py setup                    only make the environment
 
@@ -89,6 +90,11 @@ def bench(arguments: list[str]) -> int:
     return import_module(f"zeroconv.benchmarks.{arguments[0]}").main(arguments[1:])
 
 
+def hints(arguments: list[str]) -> int:
+    """Make a hint of one photograph with every annotator whose weights are here."""
+    return import_module("zeroconv.devtools.hints").main(arguments)
+
+
 def setup(arguments: list[str]) -> int:
     """Nothing more than what every command does first."""
     if arguments:
@@ -98,7 +104,7 @@ def setup(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "test": test, "serve": serve, "lab": lab, "bench": bench, "setup": setup}
+COMMANDS = {"demo": demo, "test": test, "serve": serve, "lab": lab, "hints": hints, "bench": bench, "setup": setup}
 
 
 def main(arguments: list[str]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from math import pi
 from typing import Any
 
 
@@ -167,7 +166,7 @@ ANNOTATORS: tuple[Annotator, ...] = (
         "depth:normal_midas",
         (
             Parameter("background", 0.1, "Depths below this, farthest being 0 and nearest 1, become flat."),
-            Parameter("strength", 2 * pi, "Lower makes slopes steeper.", 0.1, 5 * pi, 0.1),
+            Parameter("strength", 6.28, "Lower makes slopes steeper.", 0.1, 15.7),
             Parameter(
                 "front",
                 "red",

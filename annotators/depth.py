@@ -57,7 +57,7 @@ def normal_midas(
     network: DPTForDepthEstimation,
     image: np.ndarray,
     background: float = 0.1,
-    strength: float = 2 * math.pi,
+    strength: float = 6.28,
     front: str = "red",
 ) -> np.ndarray:
     """The paper's extended normals (H,W,3) float32 0..1: Sobel slopes of the MiDaS depth, in its own units.

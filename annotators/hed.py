@@ -6,7 +6,6 @@ reads RGB): VGG's five blocks, each with a map of edges of its own, and the mean
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +65,9 @@ class HED(nn.Module):
         return maps
 
 
-def build(paths: Sequence[Path]) -> nn.Module:
+def build(path: Path) -> nn.Module:
     """HED with the weights of ControlNetHED.pth. Raises AnnotatorError for another file."""
-    return learned.build(HED, paths[0])
+    return learned.build(HED, path)
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +94,14 @@ class AnimeGenerator(nn.Module):
         return self.model["model"](image)
 
 
-def build(paths: Sequence[Path]) -> nn.Module:
+def build(path: Path) -> nn.Module:
     """The generator with the weights of sk_model.pth (fine) or sk_model2.pth (coarse); AnnotatorError for others."""
-    return learned.build(LineartGenerator, paths[0])
+    return learned.build(LineartGenerator, path)
 
 
-def build_anime(paths: Sequence[Path]) -> nn.Module:
+def build_anime(path: Path) -> nn.Module:
     """The anime generator with the weights of netG.pth. Raises AnnotatorError for another file."""
-    return learned.build(AnimeGenerator, paths[0])
+    return learned.build(AnimeGenerator, path)
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +143,9 @@ class MLSD(nn.Module):
         return self.block23(features)[:, 7:]
 
 
-def build(paths: Sequence[Path]) -> nn.Module:
+def build(path: Path) -> nn.Module:
     """M-LSD with the weights of mlsd_large_512_fp32.pth. Raises AnnotatorError for another file."""
-    return learned.build(MLSD, paths[0])
+    return learned.build(MLSD, path)
 
 
 @torch.inference_mode()

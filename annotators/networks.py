@@ -119,12 +119,7 @@ NETWORKS: tuple[Network, ...] = (
         "zoedepth",
         "depth:build_zoe",
         (
-            File(
-                "Intel/zoedepth-nyu-kitti",
-                "config.json",
-                2_225,
-                "58494c160c520023c4d5bdeebb3b2d035e37e48cc81225580f49fcb06e175913",
-            ),
+            File("Intel/zoedepth-nyu-kitti", "config.json", 2_225),
             File(
                 "Intel/zoedepth-nyu-kitti",
                 "model.safetensors",
@@ -151,12 +146,7 @@ NETWORKS: tuple[Network, ...] = (
         "oneformer_ade20k",
         "segments:build_ade20k",
         (
-            File(
-                "shi-labs/oneformer_ade20k_swin_large",
-                "config.json",
-                84_289,
-                "27452b656a467dbdebdf879dc413d6f3facd2bfe3643824ae66c32c22884b4bd",
-            ),
+            File("shi-labs/oneformer_ade20k_swin_large", "config.json", 84_289),
             File(
                 "shi-labs/oneformer_ade20k_swin_large",
                 "pytorch_model.bin",

@@ -69,9 +69,9 @@ class Annotate(io.ComfyNode):
         if len(image) == 0:
             raise AnnotatorError(f"image is an empty batch of shape {tuple(image.shape)}: connect at least one picture")
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
-        masks = _each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
+        masks = each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
         frames = (
-            _each(pose_keypoints, len(image), "frames of pose_keypoints") if chosen.reads_pose else [None] * len(image)
+            each(pose_keypoints, len(image), "frames of pose_keypoints") if chosen.reads_pose else [None] * len(image)
         )
         hints, found = [], []
         for i, picture in enumerate(steps(image.float().cpu().numpy(), cls.hidden.unique_id)):
@@ -102,7 +102,7 @@ def _input(annotator: Annotator, parameter: Parameter) -> Any:
     return io.Float.Input(name, min=parameter.minimum, max=parameter.maximum, step=parameter.step, **said)
 
 
-def _each(given: Any, count: int, what: str) -> list[Any]:
+def each(given: Any, count: int, what: str) -> list[Any]:
     """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
     if given is None:
         return [None] * count

@@ -13,7 +13,7 @@ from ..annotators import ANNOTATORS, pipeline
 from ..annotators.compare import TOLERANCE, compare, compare_people, cut_bodies, read_bodies, resized
 from ..annotators.images import AnnotatorError, to_picture
 from ..annotators.measure import SCORES, centre_like, kind_of
-from .annotate import PoseKeypoint, _each
+from .annotate import PoseKeypoint, each
 from .host import annotators as host_annotators
 from .host.progress import steps
 
@@ -83,10 +83,10 @@ class MeasureControl(io.ComfyNode):
             raise AnnotatorError(_NO_JOINTS.format("pose_keypoints, those of the hint"))
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
-        hints = _each(hint, len(image), "hints")
-        made = _each(result_hint, len(image), "result_hints")
-        wanted = _each(pose_keypoints, len(image), "frames of pose_keypoints")
-        found = _each(result_keypoints, len(image), "frames of result_keypoints")
+        hints = each(hint, len(image), "hints")
+        made = each(result_hint, len(image), "result_hints")
+        wanted = each(pose_keypoints, len(image), "frames of pose_keypoints")
+        found = each(result_keypoints, len(image), "frames of result_keypoints")
         compared, cropped = [], ""
         for i, original in enumerate(steps(image, cls.hidden.unique_id)):
             whole = to_picture(_array(hints[i]))

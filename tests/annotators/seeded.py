@@ -33,7 +33,7 @@ def load(name: str, folder: Path) -> list[nn.Module]:
         weights.write(folder, [file.name for file in network.files if not (folder / file.name).exists()])
         module, function = network.build.split(":")
         build = getattr(import_module(f"zeroconv.annotators.{module}"), function)
-        loaded.append(build([folder / file.name for file in network.files]))
+        loaded.append(build(*[folder / file.name for file in network.files]))
     return loaded
 
 

@@ -88,7 +88,7 @@ def test_the_table_names_these_functions():
         assert function in [record.load() for record in asked]
     (normal,) = [record for record in ANNOTATORS if record.name == "normal_midas"]
     assert normal.load() is depth.normal_midas
-    assert {p.name: p.default for p in normal.parameters} == {"background": 0.1, "strength": 2 * np.pi, "front": "red"}
+    assert {p.name: p.default for p in normal.parameters} == {"background": 0.1, "strength": 6.28, "front": "red"}
 
 
 @pytest.mark.parametrize("name", ["dpt_large", "dpt_hybrid"])
@@ -191,7 +191,7 @@ def test_normals_are_sobel_slopes_of_the_raw_depth(networks: dict[str, Any], fro
     normals = depth.normal_midas(network, image, 0.3, 1.0, front)
     assert normals.shape == (64, 128, 3)
     assert_within(normals[:, :, first], (expected + 1) / 2)
-    assert_within(depth.normal_midas(network, image), normals_of_depth(raw, 0.1, 2 * np.pi, "red"))
+    assert_within(depth.normal_midas(network, image), normals_of_depth(raw, 0.1, 6.28, "red"))
 
 
 @pytest.mark.parametrize("name", [r.name for r in ANNOTATORS if r.function.startswith("depth:")])

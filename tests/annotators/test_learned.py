@@ -71,7 +71,7 @@ def test_long_lists_of_keys_are_cut(tmp_path: Path):
     path = write(tmp_path / "ControlNetHED.pth", weight=torch.zeros(1))
     # HED has its norm and, of 13 convolutions and 5 projections, a weight and a bias.
     with pytest.raises(AnnotatorError, match=r"weights of HED: it lacks norm, block1.* and 34 more and has unknown w"):
-        build([path])
+        build(path)
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
