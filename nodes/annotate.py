@@ -48,7 +48,9 @@ class Annotate(io.ComfyNode):
                     optional=True,
                     tooltip="The hint is kept where this is white, black elsewhere; inpaint: white is painted anew.",
                 ),
-                PoseKeypoint.Input("pose_keypoints", optional=True, tooltip="Handed on with the hint."),
+                PoseKeypoint.Input(
+                    "pose_keypoints", optional=True, tooltip="The people that pose draws; all others hand it on."
+                ),
             ],
             outputs=[io.Image.Output(display_name="hint"), PoseKeypoint.Output(display_name="pose_keypoints")],
             hidden=[io.Hidden.unique_id],

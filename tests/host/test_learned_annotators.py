@@ -1,0 +1,294 @@
+"""Every learned annotator from download to hint: small random weights as the published files, a hub on the loopback.
+
+A new annotator is tested as soon as it is in the list; a new network needs its small files in `MAKERS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from skimage.data import astronaut
+
+if TYPE_CHECKING:
+    from hosting import Host
+
+from zeroconv.annotators import ANNOTATORS, Annotator, moge
+from zeroconv.annotators.cache import HintCache
+from zeroconv.annotators.images import AnnotatorError
+from zeroconv.annotators.networks import NETWORKS, File, Network
+from zeroconv.benchmarks import weights
+
+from ..annotators import pretrained_tiny as tiny
+from ..annotators.loopback_hub import LoopbackHub, loopback_hub, set_offline
+from ..annotators.test_moge import settings
+
+LEARNED = [annotator for annotator in ANNOTATORS if annotator.networks]
+HINT = (1, 64, 85, 3)
+"""What 96x128 pixels become at resolution 64."""
+
+
+# -- small files in the published layout -------------------------------------------------------------------------------
+
+
+def anime(folder: Path) -> None:
+    """netG.pth with its published keys and shapes, 218 MB of them: all are windows of one short row of numbers."""
+    with torch.device("meta"):
+        shapes = {key: weight.shape for key, weight in weights.anime_generator().state_dict().items()}
+    numbers = torch.randn(80_000, generator=torch.Generator().manual_seed(0))
+
+    def window(shape: torch.Size) -> torch.Tensor:
+        if len(shape) == 1:
+            return numbers.as_strided(shape, (1,))
+        size = (2 / shape[1:].numel()) ** 0.5
+        return (numbers * size).as_strided(shape, (41, 61, 4, 1))
+
+    torch.save({f"module.{key}": window(shape) for key, shape in shapes.items()}, folder / "netG.pth")
+
+
+def moge_with_normals(folder: Path) -> None:
+    said = settings(64, [0, 1], 60)
+    network = moge.MoGe(said, 64, 2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(0, 1.4 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.2, generator=generator)
+    torch.save({"model_config": said, "model": network.state_dict()}, folder / "model.pt")
+
+
+def person_detector(folder: Path) -> None:
+    """PekingU/rtdetr_r50vd_coco_o365 without its size, which takes most things for people."""
+    torch.manual_seed(0)
+    network: Any = transformers.RTDetrForObjectDetection(
+        transformers.RTDetrConfig(
+            backbone_config=transformers.RTDetrResNetConfig(
+                embedding_size=8,
+                hidden_sizes=[8, 8, 16, 16],
+                depths=[1, 1, 1, 1],
+                layer_type="basic",
+                out_indices=[2, 3, 4],
+            ),
+            encoder_in_channels=[8, 16, 16],
+            encoder_hidden_dim=16,
+            encoder_ffn_dim=16,
+            encoder_attention_heads=2,
+            d_model=16,
+            num_queries=12,
+            decoder_in_channels=[16, 16, 16],
+            decoder_ffn_dim=16,
+            decoder_layers=2,
+            decoder_attention_heads=2,
+            num_denoising=4,
+            id2label={0: "person", 1: "bicycle"},
+            label2id={"person": 0, "bicycle": 1},
+        )
+    )
+    tiny.randomise(network)
+    with torch.no_grad():
+        network.class_embed[-1].bias[0] = 4.0
+    tiny.save(network, folder)
+
+
+def pose_estimator(folder: Path) -> None:
+    """usyd-community/vitpose-base-simple without its size."""
+    torch.manual_seed(0)
+    backbone = transformers.VitPoseBackboneConfig(
+        image_size=[64, 48], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, out_indices=[2]
+    )
+    network = transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone, num_labels=17))
+    tiny.save(tiny.randomise(network), folder)
+
+
+def oneformer_coco(folder: Path) -> None:
+    """As `tiny.oneformer` has it, one class would win nearly everywhere: here the least likely one is the likeliest."""
+    _, path = tiny.oneformer(folder, 133)
+    state = torch.load(path, weights_only=True)
+    key = "model.transformer_module.decoder.class_embed.weight"
+    torch.save({**state, key: -state[key]}, path)
+
+
+MAKERS: dict[str, Callable[[Path], object]] = {
+    "hed": lambda folder: weights.write(folder, ["ControlNetHED.pth"]),
+    "mlsd": lambda folder: weights.write(folder, ["mlsd_large_512_fp32.pth"]),
+    "lineart_realistic": lambda folder: weights.write(folder, ["sk_model.pth"]),
+    "lineart_coarse": lambda folder: weights.write(folder, ["sk_model2.pth"]),
+    "lineart_anime": anime,
+    "dpt_large": lambda folder: tiny.dpt(folder, hybrid=False),
+    "dpt_hybrid": lambda folder: tiny.dpt(folder, hybrid=True),
+    "depth_anything_v2_small": tiny.depth_anything,
+    "zoedepth": tiny.zoe,
+    "moge2_small": moge_with_normals,
+    "oneformer_ade20k": lambda folder: tiny.oneformer(folder, 150),
+    "oneformer_coco": oneformer_coco,
+    "person_detector": person_detector,
+    "pose_estimator": pose_estimator,
+}
+"""By the name of a network, what writes its files, seeded and small, into an empty folder."""
+
+
+@cache
+def contents(network: Network) -> tuple[bytes, ...]:
+    """The bytes of a network's files, in their order."""
+    assert network.name in MAKERS, f"{network.name} is new: write what makes its small files into MAKERS"
+    with TemporaryDirectory() as folder:
+        MAKERS[network.name](Path(folder))
+        for file in network.files:
+            here = Path(folder) / file.name
+            if not here.exists():  # transformers writes *.safetensors; some are published as torch's own files
+                torch.save(load_file(here.with_name("model.safetensors")), here)
+        return tuple((Path(folder) / file.name).read_bytes() for file in network.files)
+
+
+# -- the host ----------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A host whose folder `annotators` is empty, with a hub that has the small files of all networks asked for."""
+
+    def __init__(self, host: Host, hub: LoopbackHub, folder: Path, patch: pytest.MonkeyPatch):
+        self.host, self.hub, self.folder = host, hub, folder
+        self.adapter = sys.modules["zeroconv.nodes.host.annotators"]
+        self.annotate = sys.modules["zeroconv.nodes.annotate"]
+        self.built: list[str] = []
+        self.patch = patch
+        build = self.adapter._built
+
+        def built(name: str, node_id: str | None) -> torch.nn.Module:
+            self.built.append(name)
+            return build(name, node_id)
+
+        patch.setattr(self.adapter, "_built", built)
+        self.forget()
+
+    def forget(self) -> None:
+        """As after a start of the host: no network is kept, no hint."""
+        self.patch.setattr(self.adapter, "_patchers", {})
+        self.forget_hints()
+
+    def forget_hints(self) -> None:
+        self.patch.setattr(self.annotate, "HINTS", HintCache(10**8))
+
+    def publish(self, names: tuple[str, ...]) -> dict[File, bytes]:
+        """Has the hub serve the files of these networks, and the table know them: their entries and contents."""
+        networks, files = [], {}
+        for name in names:
+            (network,) = [entry for entry in NETWORKS if entry.name == name]
+            made = dict(zip(map(served, network.files, contents(network)), contents(network), strict=True))
+            networks.append(replace(network, files=tuple(made)))
+            files |= made
+        self.patch.setattr(self.adapter, "NETWORKS", tuple(networks))
+        self.hub.files |= {f"{file.repository}/{file.name}": data for file, data in files.items()}
+        return files
+
+    def run(self, name: str, image: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        before = image.clone()
+        hint, poses = self.host.call("Annotate", image=image, annotator=name, resolution=64)
+        assert torch.equal(image, before)
+        assert hint.shape == HINT and hint.dtype == torch.float32
+        assert hint.isfinite().all() and hint.min() >= 0 and hint.max() <= 1
+        return hint, poses
+
+
+def served(file: File, data: bytes) -> File:
+    """The entry of a file that has other bytes than the published one; a checksum is known where it was known."""
+    return replace(file, size=len(data), sha256=hashlib.sha256(data).hexdigest() if file.sha256 else None)
+
+
+@pytest.fixture
+def bench(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
+    import folder_paths
+    from huggingface_hub import constants
+
+    assert "Annotate" in host.ours
+    monkeypatch.delenv("AUX_ANNOTATOR_CKPTS_PATH", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    places = {name: kept for name, kept in folder_paths.folder_names_and_paths.items() if name != "annotators"}
+    places["custom_nodes"] = ([str(tmp_path / "custom_nodes")], set())
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", places)
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    with loopback_hub() as hub:
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 20)
+        yield Bench(host, hub, tmp_path / "models" / "annotators", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def picture() -> torch.Tensor:
+    """A head before a rocket, 96x128."""
+    return torch.from_numpy(astronaut()[30:126, 190:318] / np.float32(255))[None]
+
+
+@pytest.mark.parametrize("annotator", LEARNED, ids=[annotator.name for annotator in LEARNED])
+def test_from_download_to_hint(annotator: Annotator, bench: Bench, picture: torch.Tensor):
+    import comfy.model_management as management
+
+    files = bench.publish(annotator.networks)
+    paths = {file: bench.folder / file.repository / file.name for file in files}
+
+    def put(wanted: Collection[File]) -> None:
+        """Lets these files lie in the folder, and no others."""
+        for file, path in paths.items():
+            path.unlink(missing_ok=True)
+            if file in wanted:
+                path.write_bytes(files[file])
+
+    hint, poses = bench.run(annotator.name, picture)
+    # It shows something, and no plain colour.
+    assert hint.std(dim=(1, 2)).max() > 0.05
+    if annotator.gives_pose:
+        (frame,) = poses
+        assert (frame["canvas_height"], frame["canvas_width"]) == HINT[1:3]
+        assert frame["people"] and len(frame["people"][0]["pose_keypoints_2d"]) == 18 * 3
+    else:
+        assert poses == []
+    # The files came, each once, and nothing else.
+    found = [path for path in bench.folder.rglob("*") if path.is_file()]
+    assert {path: path.read_bytes() for path in found} == {paths[file]: data for file, data in files.items()}
+    size = sum(map(len, files.values()))
+    assert bench.hub.sent == size
+    assert bench.built == list(annotator.networks)
+
+    # Another picture: another hint, of the networks that are there.
+    other, _ = bench.run(annotator.name, picture.flip(2))
+    assert (other - hint).abs().mean() > 0.01
+    assert bench.hub.sent == size
+    assert bench.built == list(annotator.networks)
+
+    # Kept networks need no files, and are as good after the host has moved them away.
+    put([])
+    management.unload_all_models()
+    bench.forget_hints()
+    again, told = bench.run(annotator.name, picture)
+    assert torch.equal(again, hint) and told == poses
+    assert bench.built == list(annotator.networks)
+
+    # Without a hub, each file that is missing is named, and where to get it and to put it.
+    bench.hub.close()
+    set_offline(None, None)  # connections that are open would outlive the hub
+    for missing in files:
+        put([file for file in files if file != missing])
+        bench.forget()
+        with pytest.raises(AnnotatorError) as caught:
+            bench.run(annotator.name, picture)
+        said = str(caught.value)
+        assert said.startswith(f"{annotator.name}: ")
+        assert f"needs {missing.name} of {missing.repository} (about " in said
+        assert " MB), which could not be fetched: Connect" in said
+        url = f"{bench.hub.url}/{missing.repository}/resolve/main/{missing.name}"
+        assert f"Get it from {url} and put it at {paths[missing]}. It was looked for in {bench.folder}" in said
+
+    # With all of them put there, as the errors told, the hint is the same.
+    put(files)
+    bench.forget()
+    by_hand, _ = bench.run(annotator.name, picture)
+    assert torch.equal(by_hand, hint)
