@@ -20,7 +20,7 @@ SCORES: dict[str, tuple[str, ...]] = {
         "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime",
     ),
     "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe"),
-    "normals": ("normal_midas",),
+    "normals": ("normal_midas", "normal_moge"),
     "segments": ("segments_ade20k", "segments_coco", "threshold"),
     "pose": ("human_pose",),
     "picture": ("superpixels", "tile", "blur", "luminance", "intensity", "color"),
