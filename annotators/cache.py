@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -64,14 +64,9 @@ def _key(
     given = {parameter.name: parameter.default for parameter in annotator.parameters} | dict(parameters or {})
     digest = hashlib.blake2b(digest_size=32)
     text = [annotator.name, annotator.function, resolution, given, frame]
-    digest.update(json.dumps(text, sort_keys=True, default=_plain).encode())
+    digest.update(pickle.dumps(text))
     for array in (image, mask):
         if array is not None:
             digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).reshape(-1).data)
     return digest.digest()
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and arrays that JSON does not know."""
-    return np.asarray(value).tolist()

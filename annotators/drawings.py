@@ -7,6 +7,8 @@ import numpy as np
 from .images import to_bytes
 
 FLATTENING_PASSES = 3
+SHORTEST = 16
+"""Pixels of a side that the bilateral filter is given at least."""
 XDOG_RATIO = 1.6
 """Of the two Gaussians, nearest to the Laplacian; it and the soft step are from XDoG (Winnemoeller et al., 2012)."""
 LINE_SHARPNESS = 30.0
@@ -62,13 +64,16 @@ def cartoon_lines(image: np.ndarray, width: float = 1.4, smoothing: float = 0.1,
     """
     import cv2
 
-    flat = to_bytes(image).astype(np.float32) / 255
+    height, across = image.shape[:2]
+    # OpenCV 5's bilateral filter writes beyond its memory where a side is shorter than its kernel reaches.
+    margin = ((0, max(0, SHORTEST - height)), (0, max(0, SHORTEST - across)), (0, 0))
+    flat = np.pad(to_bytes(image).astype(np.float32) / 255, margin, mode="edge")
     for _ in range(FLATTENING_PASSES):
         flat = cv2.bilateralFilter(flat, d=9, sigmaColor=smoothing, sigmaSpace=4.0)
     around, here = (cv2.GaussianBlur(flat, (0, 0), sigma) for sigma in (XDOG_RATIO * width, width))
     darker = (around - here).max(axis=2)
     lines = np.tanh(LINE_SHARPNESS * np.maximum(darker - threshold, 0))
-    return np.repeat(lines[:, :, None], 3, axis=2)
+    return np.repeat(lines[:height, :across, None], 3, axis=2)
 
 
 def threshold(image: np.ndarray, level: int = 100) -> np.ndarray:

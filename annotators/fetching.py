@@ -142,13 +142,14 @@ def _download(
                 raise OSError(errno.ENOSPC, f"{offer.size - here} bytes are to come")
             progress(here)
             if here < offer.size:
-                # The library's own resumable download, alike in all its versions; bytes come as they are, not zipped.
+                # The library's own resumable download, alike in all its versions. Bytes come as they are, not zipped;
+                # asked for a range, it leaves them to no hf_transfer (HF_HUB_ENABLE_HF_TRANSFER), which cannot resume.
                 http_get(
                     offer.url,
                     stream,
                     resume_size=here,
                     expected_size=offer.size,
-                    headers={"Accept-Encoding": "identity"},
+                    headers={"Accept-Encoding": "identity", "Range": "bytes=0-"},
                     displayed_filename=offer.file.name,
                 )
             stream.flush()
@@ -167,7 +168,7 @@ class _Part(io.BufferedRandom):
     """A file that grows at its end and tells how large it is."""
 
     def __init__(self, path: Path, progress: Callable[[int], None]):
-        super().__init__(io.FileIO(path, "ab+"))  # type: ignore[arg-type]
+        super().__init__(io.FileIO(str(path), "ab+"))  # type: ignore[arg-type]
         self.seek(0, os.SEEK_END)
         self._progress = progress
 

@@ -76,7 +76,15 @@ def resize_short_side(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A mask (H,W) in 0..1 at another size, interpolated."""
+    """A mask (H,W) in 0..1 (clipped) at another size: averaged where it shrinks, interpolated where it grows.
+
+    Raises AnnotatorError for numbers that are none.
+    """
     import cv2
 
-    return np.asarray(cv2.resize(np.asarray(mask, np.float32), (width, height), interpolation=cv2.INTER_LINEAR))
+    values = np.asarray(mask, np.float32)
+    if not np.isfinite(values).all():
+        raise AnnotatorError("the mask has numbers that are not finite: look at the node that made it")
+    smaller = height * width < values.size
+    how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(values, (width, height), interpolation=how)).clip(0, 1)

@@ -73,7 +73,7 @@ def read_frame(frame: Mapping[str, Any], height: int, width: int) -> list[Person
         raise AnnotatorError(
             f"pose_keypoints has {found}; a frame of it has 'people', 'canvas_width' and 'canvas_height'"
         )
-    people = [_read_person(person) for person in frame["people"]]
+    people = [_read_person(person) for person in frame["people"] or ()]
     parts = [part for person in people for part in vars(person).values() if part is not None]
     places = np.concatenate([np.zeros((0, 2)), *(part[part[:, 2] > 0, :2] for part in parts)])
     if len(places) == 0:
@@ -114,7 +114,7 @@ def _flat(part: np.ndarray | None) -> list[float] | None:
 
 def _side(frame: Mapping[str, Any], name: str) -> float:
     side = frame.get(name)
-    if not isinstance(side, (int, float)) or not side > 0:
+    if not isinstance(side, (int, float, np.number)) or not side > 0:
         raise AnnotatorError(f"pose_keypoints has {name} {side!r} and coordinates in pixels; it must be above 0")
     return float(side)
 
@@ -135,9 +135,9 @@ def _read_person(person: Any) -> Person:
 def _part(person: Mapping[str, Any], name: str, sizes: tuple[int, ...]) -> np.ndarray | None:
     """One part as float64 (N,3), or None; joints that are not there have confidence 0."""
     numbers = person.get(name)
-    if numbers is None or len(numbers) == 0:
-        return None
     try:
+        if numbers is None or len(numbers) == 0:
+            return None
         part = np.asarray(numbers, np.float64).reshape(-1)
     except (TypeError, ValueError) as error:
         raise AnnotatorError(f"{name} of pose_keypoints is no list of numbers: {error}") from error

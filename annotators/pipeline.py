@@ -14,6 +14,9 @@ from .images import AnnotatorError, fit_mask, pad_to_multiple, resize_short_side
 PADDED = 64
 """Learned annotators see pictures whose sides are multiples of this."""
 
+LONGEST = 16384
+"""Pixels of a hint's longer side; image libraries break at twice that."""
+
 
 def annotate(
     annotator: Annotator,
@@ -40,7 +43,9 @@ def annotate(
         )
     given = {parameter.name: parameter.default for parameter in annotator.parameters} | dict(parameters or {})
     try:
-        picture = resize_short_side(to_picture(image), resolution)
+        picture = to_picture(image)
+        _check_size(picture.shape[:2], resolution)
+        picture = resize_short_side(picture, resolution)
         height, width = picture.shape[:2]
         if annotator.networks:
             picture = pad_to_multiple(picture, PADDED)
@@ -56,7 +61,23 @@ def annotate(
         made = function(*(networks() if callable(networks) else networks), picture, **given)
     except AnnotatorError as error:
         raise AnnotatorError(f"{annotator.name}: {error}") from error
+    except ImportError as error:
+        raise AnnotatorError(
+            f"{annotator.name} needs {error.name or 'a library'}, which cannot be loaded ({error}): install it, or "
+            "a newer one; annotators that do not need it work without"
+        ) from error
     hint, found = made if annotator.gives_pose else (made, None)
     if found is not None:
         found = {**found, "canvas_width": width, "canvas_height": height}
     return np.ascontiguousarray(hint[:height, :width], dtype=np.float32), found
+
+
+def _check_size(sides: tuple[int, ...], resolution: int) -> None:
+    """Raise where the hint would be longer than any use of it."""
+    scale = resolution / min(sides) if resolution else 1
+    height, width = (round(side * scale) for side in sides)
+    if max(height, width) > LONGEST:
+        raise AnnotatorError(
+            f"the hint would be {width}x{height} pixels, and a side has {LONGEST} at most: crop the picture, or "
+            "choose a lower resolution"
+        )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 from .images import AnnotatorError
 from .learned import read_weights
@@ -14,8 +18,9 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=PreTrainedModel)
 
-UNUSED = ("criterion.", "neck.fusion_stage.layers.0.residual_layer1.")
-"""Weights that a file may lack: those of a training loss, and of a fusion layer's part that has nothing to fuse."""
+UNUSED = ("criterion.", "neck.fusion_stage.layers.0.residual_layer1.", ".swin.layernorm.")
+"""Parts of the names of weights that a file may lack: those of a training loss, of a fusion layer's part that has
+nothing to fuse, and of the norm after the last stage of a Swin that only gives its stages (transformers 5 makes it)."""
 RUNNING = ("running_mean", "running_var")
 
 
@@ -33,18 +38,52 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
         raise AnnotatorError(f"{config} cannot be read as a config.json: delete it, so that it is fetched") from error
     if kind != settings.model_type:
         raise AnnotatorError(f"{config} describes a network of type {kind}; expected {settings.model_type}")
-    network = make(settings.from_dict(said))
-    filled = read_weights(weights)
+    described = settings.from_dict(said)
+    # Whatever it was published in: since transformers 5 this, not fp32, is what a network is made in.
+    described.dtype = torch.float32
     try:
-        missing, _ = network.load_state_dict(filled, strict=False, assign=True)
+        # Not `load_state_dict`: since transformers 5 modules have other names than their published weights, and only
+        # this translates them. Without a name of a repository it asks no hub.
+        with _quietly():
+            network, info = make.from_pretrained(
+                None,
+                config=described,
+                state_dict=read_weights(weights),
+                ignore_mismatched_sizes=True,  # which names them; we refuse them ourselves
+                output_loading_info=True,
+            )
     except RuntimeError as error:
         raise AnnotatorError(f"{weights} does not fit {config}: {' '.join(str(error).split())[:300]}") from error
-    # Tables that a network computes when it is made are no weights, although some versions save them.
-    read = {name for name, _ in network.named_parameters()}
-    needed = [key for key in missing if (key in read or key.endswith(RUNNING)) and not key.startswith(UNUSED)]
+    if info["mismatched_keys"]:
+        names = ", ".join(sorted(map(str, info["mismatched_keys"])))[:300]
+        raise AnnotatorError(f"{weights} does not fit {config}: these weights have another shape: {names}")
+    # A weight may have several names, of which a file needs one. Tables that a network computes when it is made are
+    # no weights, although some versions save them.
+    missing = set(info["missing_keys"])
+    here = {id(weight) for name, weight in network.named_parameters(remove_duplicate=False) if name not in missing}
+    needed = [name for name, weight in network.named_parameters() if id(weight) not in here]
+    needed += [name for name, _ in network.named_buffers() if name in missing and name.endswith(RUNNING)]
+    needed = [name for name in needed if not any(part in name for part in UNUSED)]
     if needed:
         raise AnnotatorError(
             f"{weights} lacks {len(needed)} weights of {make.__name__}, {needed[0]} among them: put the published file "
             "in its place, or delete it so that it is fetched"
         )
     return network.float().requires_grad_(False).eval()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar and its report of the weights, which `build` judges itself."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -108,6 +109,8 @@ def each(given: Any, count: int, what: str) -> list[Any]:
     """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
     if given is None:
         return [None] * count
+    if isinstance(given, Mapping):  # one frame of keypoints, as some packs hand it on
+        given = [given]
     if len(given) not in (1, count):
         raise AnnotatorError(f"{count} images came with {len(given)} {what}: connect one for all or one for each")
     return [given[i % len(given)] for i in range(count)]

@@ -79,7 +79,11 @@ class MeasureControl(io.ComfyNode):
         if len(image) == 0 or len(hint) == 0:
             raise AnnotatorError(f"found {len(image)} images and {len(hint)} hints: connect at least one of each")
         posed = kind_of(annotator) == "pose"
-        if posed and not pose_keypoints:
+        # Annotate gives keypoints with every hint; only people are compared by them.
+        pose_keypoints, result_keypoints = (
+            given or None if posed else None for given in (pose_keypoints, result_keypoints)
+        )
+        if posed and pose_keypoints is None:
             raise AnnotatorError(_NO_JOINTS.format("pose_keypoints, those of the hint"))
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))

@@ -20,7 +20,7 @@ function textBox(node) {
 app.registerExtension({
   name: "ZeroConv.text",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!nodeData.category.startsWith("ZeroConv")) return;
+    if (!nodeData.category?.startsWith("ZeroConv")) return;
     const before = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       before?.apply(this, arguments);

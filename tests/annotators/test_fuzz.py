@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import cv2
@@ -10,7 +11,7 @@ import pytest
 from skimage.data import astronaut
 
 from zeroconv.annotators import ANNOTATORS, Annotator, Parameter
-from zeroconv.annotators.images import AnnotatorError
+from zeroconv.annotators.images import AnnotatorError, fit_mask
 from zeroconv.annotators.pipeline import annotate
 
 WEIGHTLESS = [annotator for annotator in ANNOTATORS if not annotator.networks]
@@ -164,3 +165,36 @@ def test_8k(annotator: Annotator):
     assert lowest(annotator) <= hint.min() and hint.max() <= 1
     assert hint.std() > 0.01
     np.testing.assert_array_equal(picture[::40, ::40], before)
+
+
+@pytest.mark.parametrize("shape", [(12000, 3), (9000, 3), (16000, 2), (3, 12000)])
+def test_long_thin_pictures_of_flat_colours_do_not_crash(shape: tuple[int, int]):
+    (cartoon,) = (annotator for annotator in ANNOTATORS if annotator.name == "cartoon_lines")
+    hint, _ = annotate(cartoon, np.full((*shape, 3), 0.4, np.float32))
+    assert hint.shape == (*shape, 3) and not hint.any()
+
+
+@pytest.mark.parametrize(("shape", "resolution", "size"), [((2, 3000), 512, "768000x512"), ((16385, 1), 0, "1x16385")])
+def test_hints_longer_than_any_use_are_refused(shape: tuple[int, int], resolution: int, size: str):
+    for annotator in ANNOTATORS:
+        if not annotator.networks:
+            with pytest.raises(AnnotatorError, match=f"^{annotator.name}: the hint would be {size} pixels, and a side"):
+                annotate(annotator, np.zeros((*shape, 3)), resolution)
+
+
+def test_a_library_that_cannot_be_loaded_stops_one_annotator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    (superpixels,) = (annotator for annotator in ANNOTATORS if annotator.name == "superpixels")
+    with pytest.raises(AnnotatorError, match="^superpixels needs skimage.segmentation, which cannot be loaded"):
+        annotate(superpixels, np.zeros((16, 16, 3)))
+    (canny,) = (annotator for annotator in ANNOTATORS if annotator.name == "canny")
+    assert annotate(canny, np.zeros((16, 16, 3)))[0].shape == (16, 16, 3)
+
+
+def test_masks_are_averaged_clipped_and_refused_when_they_are_none():
+    thin = np.zeros((64, 64), np.float32)
+    thin[::8] = 1
+    assert fit_mask(thin, 8, 8).tolist() == np.full((8, 8), 0.125).tolist()
+    assert fit_mask(np.full((4, 4), 3.0), 8, 8).max() == 1
+    with pytest.raises(AnnotatorError, match="the mask has numbers that are not finite"):
+        fit_mask(np.full((4, 4), np.nan), 8, 8)

@@ -193,3 +193,14 @@ def test_a_controlled_result_follows_its_hint_and_an_uncontrolled_one_does_not(h
     # measured: 0.65 and 0.56 with the control, 0.33 and 0.36 without
     assert min(scores["with"]) > 0.5
     assert max(scores["without"]) < 0.42
+
+
+def test_keypoints_that_came_with_the_hint_do_not_matter_for_edges(host: Host):
+    """Annotate gives them with every hint, and so they are wired: none, or those of another annotator."""
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+    hint, nobody = host.call("Annotate", image=image, annotator="canny", resolution=0)
+    frame = {"people": [], "canvas_width": 64, "canvas_height": 64}
+    for keypoints in (None, nobody, [frame], [frame, frame, frame]):
+        wired = {} if keypoints is None else {"pose_keypoints": keypoints, "result_keypoints": keypoints}
+        score, *_ = host.call("MeasureControl", image=image, hint=hint, annotator="canny", **wired)
+        assert score == 1.0
