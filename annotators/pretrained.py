@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 UNUSED = ("criterion.", "neck.fusion_stage.layers.0.residual_layer1.", ".swin.layernorm.")
 """Parts of the names of weights that a file may lack: those of a training loss, of a fusion layer's part that has
 nothing to fuse, and of the norm after the last stage of a Swin that only gives its stages (transformers 5 makes it)."""
-RUNNING = ("running_mean", "running_var")
+TABLES = ("running_mean", "running_var", ".weight", ".bias")
+"""Ends of the names of tables, no parameters, that a file must have all the same: those of normalisations."""
+TWICE = ("class_embed.", "bbox_embed.")
+"""Weights of RT-DETR that are also called so behind "model.decoder.", the one name that transformers 5 has for them."""
+DTYPES = ("dtype", "torch_dtype")
 
 
 def build(make: type[Model], settings: type[PretrainedConfig], config: Path, weights: Path) -> Model:
@@ -32,15 +36,16 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
     weights, and for missing or wrongly shaped weights, which it names.
     """
     try:
-        said = json.loads(config.read_text(encoding="utf-8"))
+        # Whatever precision the network and its parts were published in, here it is that of the file, then fp32.
+        said = json.loads(config.read_text(encoding="utf-8"), object_hook=_without_dtypes)
         kind = said.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise AnnotatorError(f"{config} cannot be read as a config.json: delete it, so that it is fetched") from error
     if kind != settings.model_type:
         raise AnnotatorError(f"{config} describes a network of type {kind}; expected {settings.model_type}")
     described = settings.from_dict(said)
-    # Whatever it was published in: since transformers 5 this, not fp32, is what a network is made in.
     described.dtype = torch.float32
+    filled = {f"model.decoder.{key}" if key.startswith(TWICE) else key: w for key, w in read_weights(weights).items()}
     try:
         # Not `load_state_dict`: since transformers 5 modules have other names than their published weights, and only
         # this translates them. Without a name of a repository it asks no hub.
@@ -48,7 +53,7 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
             network, info = make.from_pretrained(
                 None,
                 config=described,
-                state_dict=read_weights(weights),
+                state_dict=filled,
                 ignore_mismatched_sizes=True,  # which names them; we refuse them ourselves
                 output_loading_info=True,
             )
@@ -62,7 +67,7 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
     missing = set(info["missing_keys"])
     here = {id(weight) for name, weight in network.named_parameters(remove_duplicate=False) if name not in missing}
     needed = [name for name, weight in network.named_parameters() if id(weight) not in here]
-    needed += [name for name, _ in network.named_buffers() if name in missing and name.endswith(RUNNING)]
+    needed += [name for name, _ in network.named_buffers() if name in missing and name.endswith(TABLES)]
     needed = [name for name in needed if not any(part in name for part in UNUSED)]
     if needed:
         raise AnnotatorError(
@@ -70,6 +75,10 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
             "in its place, or delete it so that it is fetched"
         )
     return network.float().requires_grad_(False).eval()
+
+
+def _without_dtypes(part: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in part.items() if key not in DTYPES}
 
 
 @contextmanager
