@@ -158,7 +158,9 @@ def _download(
             part.unlink()
             raise AnnotatorError(_by_hand(network, offer.file, folders, "what came has another size or checksum"))
         part.replace(path)
-    except _network_errors() as error:
+    except AnnotatorError:
+        raise
+    except (*_network_errors(), ValueError, RuntimeError) as error:  # the last two: what the library itself refuses
         kept = part.stat().st_size if part.exists() else 0
         reason = f"{_reason(error)} ({kept} of {offer.size} bytes are here; the next run goes on from there)"
         raise AnnotatorError(_by_hand(network, offer.file, folders, reason)) from error

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -36,7 +36,7 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
     weights, and for missing or wrongly shaped weights, which it names.
     """
     try:
-        # Whatever precision the network and its parts were published in, here it is that of the file, then fp32.
+        # Made in fp32, whatever precision the config names for the network or for a part of it.
         said = json.loads(config.read_text(encoding="utf-8"), object_hook=_without_dtypes)
         kind = said.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -50,7 +50,7 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
         # Not `load_state_dict`: since transformers 5 modules have other names than their published weights, and only
         # this translates them. Without a name of a repository it asks no hub.
         with _quietly():
-            network, info = make.from_pretrained(
+            loaded: Any = make.from_pretrained(
                 None,
                 config=described,
                 state_dict=filled,
@@ -59,6 +59,7 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
             )
     except RuntimeError as error:
         raise AnnotatorError(f"{weights} does not fit {config}: {' '.join(str(error).split())[:300]}") from error
+    network, info = loaded
     if info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, info["mismatched_keys"])))[:300]
         raise AnnotatorError(f"{weights} does not fit {config}: these weights have another shape: {names}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -196,6 +197,42 @@ def test_cancel_ends_a_download_that_the_next_one_takes_up(tmp_path: Path, hub: 
     assert hub.sent == len(WEIGHTS)
 
 
+def test_a_machine_set_up_for_hf_transfer_fetches_and_goes_on_all_the_same(
+    tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+):
+    """HF_HUB_ENABLE_HF_TRANSFER=1, which rented machines come with, whether that package is there or not."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_ENABLE_HF_TRANSFER", True, raising=False)
+    monkeypatch.setitem(sys.modules, "hf_transfer", None)
+    hub.cut_after = 10_000
+    with pytest.raises(AnnotatorError, match=rf"10000 of {len(WEIGHTS)} bytes are here"):
+        fetch(ONE, [tmp_path], ignore)
+    hub.cut_after = None
+    assert fetch(ONE, [tmp_path], ignore)[0].read_bytes() == WEIGHTS
+    assert hub.ranges[0] == "bytes=0-"
+    assert hub.ranges[-1] == "bytes=10000-"
+    assert hub.sent == len(WEIGHTS)
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_what_the_hubs_library_refuses_to_fetch_can_be_put_there_by_hand(
+    tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+):
+    from huggingface_hub import file_download
+
+    def refuse(url: str, stream: io.BufferedRandom, **_: object) -> None:
+        assert isinstance(stream.name, str)  # other ways of fetching than the library's own open it themselves
+        raise kind("it is too large\nfor us")
+
+    monkeypatch.setattr(file_download, "http_get", refuse)
+    reason = (
+        rf"{kind.__name__}: it is too large \(0 of {len(WEIGHTS)} bytes are here; .*\)\. Get it from .* and put it at"
+    )
+    with pytest.raises(AnnotatorError, match=reason):
+        fetch(ONE, [tmp_path], ignore)
+
+
 def test_bytes_that_are_not_the_promised_ones_do_not_stay(tmp_path: Path, hub: LoopbackHub):
     hub.garbled = True
     with pytest.raises(AnnotatorError, match="what came has another size or checksum"):
@@ -214,7 +251,7 @@ def test_a_part_of_another_version_is_not_gone_on_with(tmp_path: Path, hub: Loop
     changed = bytes(reversed(WEIGHTS))
     hub.files[f"{REPOSITORY}/tiny.safetensors"] = changed
     assert fetch(about, [tmp_path], ignore)[0].read_bytes() == changed
-    assert hub.ranges[-1] is None
+    assert hub.ranges[-1] == "bytes=0-"
 
 
 @pytest.mark.parametrize(
