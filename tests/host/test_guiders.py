@@ -93,3 +93,21 @@ def test_the_weights_of_control_need_no_negative(host: Host):
     run = host.sample_guided(scene.model, "BasicGuider", conditioning=scene.positive)
     without = host.sample_guided(host.model("sd15"), "BasicGuider", conditioning=scene.positive)
     assert moved(run, without) >= MOVES
+
+
+def test_timesteps_are_not_rounded_with_the_rest(host: Host):
+    """bf16 has no number for most of them: 981 would be 980."""
+    import torch
+
+    control = host.load("sd15_depth", weight_dtype="bf16").copy()
+    control.compute_dtype = torch.bfloat16
+    told: list[tuple[torch.dtype, torch.Tensor]] = []
+    hook = control.network.register_forward_pre_hook(lambda _, args: told.append((args[0].dtype, args[1])))
+    scene = host.scene()
+    (model,) = host.call("ApplyControl", model=scene.model, control_net=control, image=Control().image)
+    run = host.sample(Scene(model, scene.positive, scene.negative))
+    hook.remove()
+    sampling = scene.model.model.model_sampling
+    assert [dtype for dtype, _ in told] == [torch.bfloat16] * len(told) and len(told) == len(run.calls("unet"))
+    for (_, timesteps), (sigma, _) in zip(told, run.calls("unet"), strict=True):
+        assert timesteps.tolist() == [float(sampling.timestep(torch.tensor(sigma)))] * len(timesteps)
