@@ -229,7 +229,7 @@ class ControlLora(ControlNet):
                 continue
             if key not in base_weights or base_weights[key].shape != like.shape:
                 raise BaseMismatch(
-                    f"the base UNet lacks {key} of {times(like)}: give the weights of the model that this "
+                    f"the base UNet lacks {key} of {times(like.shape)}: give the weights of the model that this "
                     "Control-LoRA was made for"
                 )
             full[key] = base_weights[key].detach().float()
@@ -311,8 +311,8 @@ def _factor(state: State, name: str, part: str) -> Tensor:
     columns = down.flatten(1).shape[1] if down.ndim > 1 else 0
     if up.ndim < 2 or up.flatten(1).shape[1] != down.shape[0] or columns == 0 or columns % (kernel or 1) ** 2:
         raise ConfigurationError(
-            f"{name}.up is {times(up)} and {name}.down {times(down)}: expected out x rank and rank x in, for a "
-            "convolution rank x in x height x width of its kernel"
+            f"{name}.up is {times(up.shape)} and {name}.down {times(down.shape)}: expected out x rank and rank x in, "
+            "for a convolution rank x in x height x width of its kernel"
         )
     if kernel is not None:
         down = down.reshape(down.shape[0], -1, kernel, kernel)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from . import control_lora, controlnet, lllite, t2i_adapter, union
 from .diagnosis import OTHER_CONTROLS, diagnose
@@ -22,28 +22,14 @@ class UnknownFormat(ValueError):
     """No format claims these weights; the message says what they are and where they belong."""
 
 
-class Network(Protocol):
-    """What the network of every kind of control can tell of itself, beside being a torch module."""
-
-    kind: str
-    hint_channels: int
-
-    @property
-    def family(self) -> str:
-        """The models it is made for."""
-        ...
-
-    def mismatch(self, model: UNetConfig) -> str | None:
-        """Why it does not fit a model, in one sentence; `None` when it fits."""
-        ...
-
-
 @dataclass(frozen=True)
 class Format:
     """A layout: its name, the question to the keys that tells it, and how it becomes a network.
 
     `canonicalize` gives the keys of the network, its argument stays as it is. With `needs_base`, its result holds
-    differences from a base UNet. `build` makes the network, not yet filled, from the shapes of those weights.
+    differences from a base UNet. `build` makes the network, not yet filled, from the shapes of those weights; every
+    network tells its `kind`, its `family` of models, its `hint_channels`, and by `mismatch(config)` why it does not fit
+    a model, in one sentence, or `None`.
     """
 
     name: str

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from .keys import times
 from .residuals import Residuals
 
 HostControl = dict[str, list[Tensor | None]]
@@ -80,10 +81,6 @@ def from_host_control(control: Mapping[str, Sequence[Tensor | None]], skips: int
 def _check(residual: Tensor | None, shape: Sequence[int], place: str) -> None:
     if residual is not None and tuple(residual.shape[1:]) != tuple(shape):
         raise InjectionError(
-            f"{place} of the UNet has shape {_times(shape)}, the residual for it {_times(residual.shape[1:])}: "
+            f"{place} of the UNet has shape {times(shape)}, the residual for it {times(residual.shape[1:])}: "
             "the hint must be 8 times the latent's size and the control made for this family of models"
         )
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -63,6 +63,6 @@ def renamed(state: State, names: Mapping[str, str]) -> Weights:
     return {new_name(key): tensor for key, tensor in state.items()}
 
 
-def times(tensor: Tensor) -> str:
+def times(shape: Sequence[int]) -> str:
     """A shape as errors write it, such as 320x4x3x3."""
-    return "x".join(map(str, tensor.shape)) or "a number"
+    return "x".join(map(str, shape)) or "a number"

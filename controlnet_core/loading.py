@@ -33,9 +33,8 @@ class LoadError(ValueError):
 class LoadedControl:
     """A control and where it came from.
 
-    `control` is a torch module, the network of its kind (`formats.Network`), `format` the name of a record in
-    `formats.FORMATS`, `dropped` the number of tensors in the file that are no part of the control (a base model beside
-    it, a marker).
+    `control` is a torch module, the network that its format builds, `format` the name of a record in `formats.FORMATS`,
+    `dropped` the number of tensors in the file that are no part of the control (a base model beside it, a marker).
     """
 
     control: Any
@@ -128,8 +127,8 @@ def _add_base(differences: State, base: State | None, name: str) -> Weights:
             weights[key] = difference
         elif base[key].shape != difference.shape:
             raise LoadError(
-                f"{name}: these weights are differences from a base model whose {key} is {times(difference)}, "
-                f"the given model's is {times(base[key])}: {connect}"
+                f"{name}: these weights are differences from a base model whose {key} is {times(difference.shape)}, "
+                f"the given model's is {times(base[key].shape)}: {connect}"
             )
         else:
             weights[key] = difference.float() + base[key].to(difference.device, torch.float32)
@@ -143,7 +142,7 @@ def _fill(network: nn.Module, weights: State, name: str, dtype: torch.dtype, dev
         "missing": [key for key in own if key not in weights],
         "unknown": [key for key in weights if key not in own],
         "of a wrong shape": [
-            f"{key} (expected {times(own[key])}, found {times(tensor)})"
+            f"{key} (expected {times(own[key].shape)}, found {times(tensor.shape)})"
             for key, tensor in weights.items()
             if key in own and tensor.shape != own[key].shape
         ],

@@ -175,11 +175,11 @@ def _in_base(control: State, base: State, name: str) -> set[str]:
     """The keys of `control` that come from a base UNet, all of which `base` has in the same shapes."""
     shared = {key for key in control if key.startswith(BORROWED)}
     for key in sorted(shared):
-        found = "no such weights" if key not in base else times(base[key])
-        if found != times(control[key]):
+        found = "no such weights" if key not in base else times(base[key].shape)
+        if found != times(control[key].shape):
             raise SaveError(
-                f"the {name} model does not fit the control: expected {key} of {times(control[key])}, found {found}: "
-                "connect a model of the size and family that the control was made for"
+                f"the {name} model does not fit the control: expected {key} of {times(control[key].shape)}, found "
+                f"{found}: connect a model of the size and family that the control was made for"
             )
     return shared
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -132,6 +132,7 @@ class Dose:
     weights: tuple[float, ...]
     resolution: int | None = None
     mask: Tensor | None = None
+    _fitted: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def weigh(self, i: int, residual: Tensor) -> Tensor | None:
         """`residual` (B,C,h,w) of block i times its weight, a fresh tensor; `None` where that is 0."""
@@ -143,7 +144,10 @@ class Dose:
         weighed = residual * weight
         if self.mask is None:
             return weighed
-        return weighed * F.interpolate(self.mask.to(residual), size=residual.shape[2:], mode="area")
+        size = tuple(residual.shape[2:])  # the same for many: a ControlLLLite has over a hundred layers
+        if size not in self._fitted:
+            self._fitted[size] = F.interpolate(self.mask.to(residual), size=size, mode="area")
+        return weighed * self._fitted[size]
 
     def apply(self, residuals: Residuals) -> Residuals:
         """All of `residuals` weighed."""

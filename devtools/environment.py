@@ -30,11 +30,11 @@ class DeclareOperators:
     def find_spec(cls, name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(cls)
-            import torch
+            from torch import library as operators
 
-            cls.library = torch.library.Library("torchvision", "DEF")
+            cls.declared = operators.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
-                cls.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                cls.declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...controlnet_core import injection
 from ...controlnet_core.block_weights import BlockWeights
+from ...controlnet_core.keys import times
 from ...controlnet_core.residuals import Residuals
 from ...controlnet_core.schedule import Schedule
 from ...controlnet_core.strength import Dose, Guidance, Strength, Unit, Window
@@ -301,9 +302,8 @@ def _check_size(config: UNetConfig, h: Tensor, transformer_options: dict[str, An
     number = transformer_options["block"][1]
     expected = config.residual_shapes(*transformer_options["original_shape"][2:])[number]
     if tuple(h.shape[1:]) != expected:
-        found, wanted = ("x".join(map(str, shape)) for shape in (h.shape[1:], expected))
         raise injection.InjectionError(
-            f"encoder block {number} of the model gives {found}, and control has {wanted} for it: another node changes "
-            "the size inside the model (Deep Shrink does); take that node off, or the control"
+            f"encoder block {number} of the model gives {times(h.shape[1:])}, and control has {times(expected)} for "
+            "it: another node changes the size inside the model (Deep Shrink does); take that node off, or the control"
         )
     return h

@@ -17,7 +17,13 @@ from transformers import (
     OneFormerConfig,
     OneFormerForUniversalSegmentation,
     PreTrainedModel,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrResNetConfig,
     SwinConfig,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
     ZoeDepthConfig,
     ZoeDepthForDepthEstimation,
 )
@@ -40,6 +46,11 @@ def randomise(network: PreTrainedModel) -> PreTrainedModel:
 def save(network: PreTrainedModel, folder: Path) -> tuple[Path, Path]:
     """The paths of its config.json and model.safetensors."""
     network.save_pretrained(folder)
+    return files(folder)
+
+
+def files(folder: Path) -> tuple[Path, Path]:
+    """The paths of config.json and model.safetensors."""
     return folder / "config.json", folder / "model.safetensors"
 
 
@@ -176,3 +187,60 @@ def oneformer(folder: Path, classes: int) -> tuple[Path, Path]:
     torch.save(network.state_dict(), folder / "pytorch_model.bin")
     weights.unlink()
     return config, folder / "pytorch_model.bin"
+
+
+def person_detector(folder: Path) -> tuple[Path, Path]:
+    """PekingU/rtdetr_r50vd_coco_o365 without its size, which takes most things for people."""
+    torch.manual_seed(0)
+    labels = {0: "person", 1: "bicycle", 2: "car"}
+    network: Any = RTDetrForObjectDetection(
+        RTDetrConfig(
+            backbone_config=RTDetrResNetConfig(
+                embedding_size=8,
+                hidden_sizes=[8, 8, 16, 16],
+                depths=[1, 1, 1, 1],
+                layer_type="basic",
+                out_indices=[2, 3, 4],
+            ),
+            encoder_in_channels=[8, 16, 16],
+            encoder_hidden_dim=16,
+            encoder_ffn_dim=16,
+            encoder_attention_heads=2,
+            d_model=16,
+            num_queries=12,
+            decoder_in_channels=[16, 16, 16],
+            decoder_ffn_dim=16,
+            decoder_layers=2,
+            decoder_attention_heads=2,
+            num_denoising=4,
+            id2label=labels,
+            label2id={name: number for number, name in labels.items()},
+        )
+    )
+    with torch.no_grad():
+        _spread(network)
+        network.model.decoder.class_embed[-1].bias[0] = 4.0
+    return save(network, folder)
+
+
+def pose_estimator(folder: Path) -> tuple[Path, Path]:
+    """usyd-community/vitpose-base-simple without its size."""
+    torch.manual_seed(0)
+    network = VitPoseForPoseEstimation(
+        VitPoseConfig(
+            backbone_config=VitPoseBackboneConfig(
+                image_size=[64, 48], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, out_indices=[2]
+            ),
+            num_labels=17,
+        )
+    )
+    with torch.no_grad():
+        _spread(network)
+    return save(network, folder)
+
+
+def _spread(network: PreTrainedModel) -> None:
+    """Fresh weights are so small, or zero, that every query is the same: these make answers that the picture moves."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
-import logging
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from skimage.data import astronaut
 from torch import nn
 
-from zeroconv.annotators import ANNOTATORS, pipeline, pretrained
+from zeroconv.annotators import ANNOTATORS, pipeline
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.keypoints import COCO_JOINTS, OPENPOSE_JOINTS, coco_to_openpose
 from zeroconv.annotators.networks import NETWORKS
@@ -26,7 +22,6 @@ from zeroconv.annotators.pose import COLOURS, draw_pose
 from zeroconv.annotators.pose_estimation import (
     _areas,
     _crops,
-    build_detector,
     build_estimator,
     detect,
     estimate,
@@ -34,72 +29,11 @@ from zeroconv.annotators.pose_estimation import (
     peaks,
 )
 
+from . import pretrained_tiny as tiny
+
 transformers = pytest.importorskip("transformers")
 reference = pytest.importorskip("transformers.models.vitpose.image_processing_vitpose")
 (RECORD,) = (annotator for annotator in ANNOTATORS if annotator.name == "human_pose")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Both networks, small and random, saved as they are published: config.json and model.safetensors."""
-    torch.manual_seed(0)
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_indices=[2, 3, 4]
-    )
-    labels = {0: "person", 1: "bicycle", 2: "car"}
-    detector = transformers.RTDetrForObjectDetection(
-        transformers.RTDetrConfig(
-            backbone_config=backbone,
-            encoder_in_channels=[8, 16, 16],
-            encoder_hidden_dim=16,
-            encoder_ffn_dim=16,
-            encoder_attention_heads=2,
-            d_model=16,
-            num_queries=12,
-            decoder_in_channels=[16, 16, 16],
-            decoder_ffn_dim=16,
-            decoder_layers=2,
-            decoder_attention_heads=2,
-            num_denoising=4,
-            id2label=labels,
-            label2id={name: number for number, name in labels.items()},
-        )
-    )
-    estimator = transformers.VitPoseForPoseEstimation(
-        transformers.VitPoseConfig(
-            backbone_config=transformers.VitPoseBackboneConfig(
-                image_size=[64, 48], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, out_indices=[2]
-            ),
-            num_labels=17,
-        )
-    )
-    found = []
-    for name, network in (("detector", detector), ("estimator", estimator)):
-        # Fresh weights are so small, or zero, that every query is the same: these make answers that the picture moves.
-        with torch.no_grad():
-            for parameter in network.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
-            if name == "detector":
-                network.model.decoder.class_embed[-1].bias[0] = 4.0  # most are people
-        folder = tmp_path_factory.mktemp(name)
-        network.save_pretrained(folder)
-        found.append(folder)
-    return found[0], found[1]
-
-
-def files(folder: Path) -> tuple[Path, Path]:
-    return folder / "config.json", folder / "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def detector(folders: tuple[Path, Path]) -> Any:
-    return build_detector(*files(folders[0]))
-
-
-@pytest.fixture(scope="module")
-def estimator(folders: tuple[Path, Path]) -> Any:
-    return build_estimator(*files(folders[1]))
 
 
 def photograph() -> np.ndarray:
@@ -108,122 +42,6 @@ def photograph() -> np.ndarray:
 
 def tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)[None]
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_files_become_the_networks_that_were_saved(folders: tuple[Path, Path], detector: Any, estimator: Any):
-    inputs = (torch.rand(1, 3, 640, 640), torch.rand(2, 3, 64, 48))
-    kinds = (transformers.RTDetrForObjectDetection, transformers.VitPoseForPoseEstimation)
-    for folder, network, kind, values in zip(folders, (detector, estimator), kinds, inputs, strict=True):
-        assert isinstance(network, kind) and not network.training
-        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-        assert not any(parameter.requires_grad for parameter in network.parameters())
-        expected = kind.from_pretrained(folder).eval()(values)
-        for ours, theirs in zip(network(values).values(), expected.values(), strict=True):
-            if isinstance(ours, torch.Tensor):
-                torch.testing.assert_close(ours, theirs)
-
-
-def test_files_of_another_network_are_refused(folders: tuple[Path, Path], tmp_path: Path):
-    (detector, _), (estimator, estimator_weights) = map(files, folders)
-    with pytest.raises(AnnotatorError, match=r"config\.json describes a network of type vitpose; expected rt_detr"):
-        build_detector(estimator, estimator_weights)
-    with pytest.raises(AnnotatorError, match=r"lacks \d+ weights of RTDetrForObjectDetection"):
-        build_detector(detector, estimator_weights)
-    state = load_file(estimator_weights)
-    save_file({**state, "head.conv.bias": torch.zeros(3)}, tmp_path / "wide.safetensors")
-    with pytest.raises(AnnotatorError, match=r"wide\.safetensors does not fit .*head\.conv\.bias"):
-        build_estimator(estimator, tmp_path / "wide.safetensors")
-    del state["head.conv.bias"]
-    save_file(state, tmp_path / "lacking.safetensors")
-    with pytest.raises(AnnotatorError, match=r"lacks 1 weights of VitPoseForPoseEstimation, head\.conv\.bias among"):
-        build_estimator(estimator, tmp_path / "lacking.safetensors")
-
-
-@pytest.mark.parametrize("names", ["short", "long", "both"])
-def test_the_detectors_heads_are_read_under_either_of_their_names(
-    folders: tuple[Path, Path], detector: Any, tmp_path: Path, names: str
-):
-    """transformers 4 has them twice and saves the long names; transformers 5 has the long ones alone."""
-    config, weights = files(folders[0])
-    rest = load_file(weights)
-    heads = {
-        key: rest.pop(key) for key in list(rest) if key.startswith(("model.decoder.class_", "model.decoder.bbox_"))
-    }
-    assert len(heads) == 16
-    short = {key.removeprefix("model.decoder."): weight.clone() for key, weight in heads.items()}
-    chosen = {"short": short, "long": heads, "both": {**short, **heads}}[names]
-    save_file({**rest, **chosen}, tmp_path / "heads.safetensors")
-    picture = torch.rand(1, 3, 640, 640, generator=torch.Generator().manual_seed(0))
-    network: Any = build_detector(config, tmp_path / "heads.safetensors")
-    assert torch.equal(network(picture).logits, detector(picture).logits)
-    for key in [key for key in chosen if key.endswith("class_embed.1.bias")]:
-        del chosen[key]
-    save_file({**rest, **chosen}, tmp_path / "lacking.safetensors")
-    with pytest.raises(AnnotatorError, match=r"lacks 1 weights of RTDetrForObjectDetection, .*class_embed\.1\.bias"):
-        build_detector(config, tmp_path / "lacking.safetensors")
-
-
-def test_tables_of_a_frozen_normalisation_are_weights(folders: tuple[Path, Path], tmp_path: Path):
-    config, weights = files(folders[0])
-    state = load_file(weights)
-    for end in (".running_mean", ".weight", ".bias"):
-        key = f"model.backbone.model.embedder.embedder.0.normalization{end}"
-        save_file({name: weight for name, weight in state.items() if name != key}, tmp_path / "lacking.safetensors")
-        with pytest.raises(AnnotatorError, match=f"lacks 1 weights of RTDetrForObjectDetection, {key} among"):
-            build_detector(config, tmp_path / "lacking.safetensors")
-
-
-def test_published_names_that_only_transformers_translates_are_read(
-    folders: tuple[Path, Path], estimator: Any, tmp_path: Path
-):
-    """As those of most networks since transformers 5, whose `from_pretrained` translates and nothing else does."""
-
-    class Renamed(transformers.VitPoseForPoseEstimation):
-        @classmethod
-        def from_pretrained(cls, *place: Any, state_dict: dict[str, torch.Tensor], **rest: Any) -> Any:
-            translated = {key.replace("published.", "head."): weight for key, weight in state_dict.items()}
-            return super().from_pretrained(*place, state_dict=translated, **rest)
-
-    config, weights = files(folders[1])
-    published = {key.replace("head.", "published."): weight for key, weight in load_file(weights).items()}
-    assert any(key.startswith("published.") for key in published)
-    save_file(published, tmp_path / "published.safetensors")
-    network = pretrained.build(Renamed, transformers.VitPoseConfig, config, tmp_path / "published.safetensors")
-    crops = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(network(crops).heatmaps, estimator(crops).heatmaps)
-
-
-def test_loading_is_quiet_and_in_full_precision_whatever_the_config_says(
-    folders: tuple[Path, Path], estimator: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
-    config, weights = files(folders[1])
-    said = json.loads(config.read_text(encoding="utf-8"))
-    for part in (said, said["backbone_config"]):
-        part.pop("dtype", None)
-        part["torch_dtype"] = "float16"
-    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
-    save_file({**load_file(weights), "of.training": torch.zeros(1)}, tmp_path / "more.safetensors")
-    heard = io.StringIO()
-    listener = logging.StreamHandler(heard)
-    before = transformers.logging.get_verbosity()
-    logging.getLogger("transformers").addHandler(listener)
-    try:
-        network = build_estimator(tmp_path / "config.json", tmp_path / "more.safetensors")
-    finally:
-        logging.getLogger("transformers").removeHandler(listener)
-    assert heard.getvalue() == "" and capfd.readouterr() == ("", "")
-    assert transformers.logging.get_verbosity() == before
-    for ours, theirs in zip(network.parameters(), estimator.parameters(), strict=True):
-        assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
-
-
-def test_an_old_transformers_is_told(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.40.0"))
-    with pytest.raises(AnnotatorError, match=r"transformers 4\.40\.0 has no VitPose: update it with `python -m pip"):
-        build_estimator(*files(folders[1]))
 
 
 def test_the_lists_know_both_networks_and_the_functions_defaults():
@@ -471,7 +289,7 @@ def test_any_picture_gives_a_hint(detector: Any, estimator: Any, shape: tuple[in
 
 
 def test_the_estimator_runs_in_its_own_dtype(estimator: Any, folders: tuple[Path, Path]):
-    half = build_estimator(*files(folders[1])).to(torch.bfloat16)
+    half = build_estimator(*tiny.files(folders[1])).to(torch.bfloat16)
     boxes = torch.tensor([[150.0, 120.0, 290.0, 340.0]])
     with torch.no_grad():
         full, less = (estimate(network, tensor(photograph()), boxes) for network in (estimator, half))

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from skimage.data import astronaut
 
@@ -67,49 +66,6 @@ def moge_with_normals(folder: Path) -> None:
     torch.save({"model_config": said, "model": network.state_dict()}, folder / "model.pt")
 
 
-def person_detector(folder: Path) -> None:
-    """PekingU/rtdetr_r50vd_coco_o365 without its size, which takes most things for people."""
-    torch.manual_seed(0)
-    network: Any = transformers.RTDetrForObjectDetection(
-        transformers.RTDetrConfig(
-            backbone_config=transformers.RTDetrResNetConfig(
-                embedding_size=8,
-                hidden_sizes=[8, 8, 16, 16],
-                depths=[1, 1, 1, 1],
-                layer_type="basic",
-                out_indices=[2, 3, 4],
-            ),
-            encoder_in_channels=[8, 16, 16],
-            encoder_hidden_dim=16,
-            encoder_ffn_dim=16,
-            encoder_attention_heads=2,
-            d_model=16,
-            num_queries=12,
-            decoder_in_channels=[16, 16, 16],
-            decoder_ffn_dim=16,
-            decoder_layers=2,
-            decoder_attention_heads=2,
-            num_denoising=4,
-            id2label={0: "person", 1: "bicycle"},
-            label2id={"person": 0, "bicycle": 1},
-        )
-    )
-    tiny.randomise(network)
-    with torch.no_grad():
-        network.class_embed[-1].bias[0] = 4.0
-    tiny.save(network, folder)
-
-
-def pose_estimator(folder: Path) -> None:
-    """usyd-community/vitpose-base-simple without its size."""
-    torch.manual_seed(0)
-    backbone = transformers.VitPoseBackboneConfig(
-        image_size=[64, 48], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, out_indices=[2]
-    )
-    network = transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone, num_labels=17))
-    tiny.save(tiny.randomise(network), folder)
-
-
 def oneformer_coco(folder: Path) -> None:
     """As `tiny.oneformer` has it, one class would win nearly everywhere: here the least likely one is the likeliest."""
     _, path = tiny.oneformer(folder, 133)
@@ -131,8 +87,8 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "moge2_small": moge_with_normals,
     "oneformer_ade20k": lambda folder: tiny.oneformer(folder, 150),
     "oneformer_coco": oneformer_coco,
-    "person_detector": person_detector,
-    "pose_estimator": pose_estimator,
+    "person_detector": tiny.person_detector,
+    "pose_estimator": tiny.pose_estimator,
 }
 """By the name of a network, what writes its files, seeded and small, into an empty folder."""
 
