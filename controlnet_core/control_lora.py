@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .configuration import ConfigurationError, check_heads, family, read_unet_config
-from .controlnet import BaseMismatch, ControlNet, read_hint_encoder
+from .controlnet import HINT_ENCODERS, BaseMismatch, ControlNet, read_hint_encoder
 from .keys import State, Weights, times
 from .unet import UNetConfig
 
@@ -143,6 +143,7 @@ class ControlLora(ControlNet):
         config: UNetConfig,
         rank: int,
         hint_channels: int = 3,
+        hint_encoder: str = "released",
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -158,12 +159,15 @@ class ControlLora(ControlNet):
             if name.startswith(BORROWED) and isinstance(layer, (nn.Linear, nn.Conv2d))
         }
         own = [f"{name}.{part}.weight" for name in ranks for part in ("up", "down")]
-        control = cls(config, ranks, own, hint_channels, dtype=dtype, device="meta").to_empty(device=device)
+        control = cls(config, ranks, own, hint_channels, hint_encoder, dtype=dtype, device="meta")
+        control = control.to_empty(device=device)
         for module in control.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.reset_parameters()
-        zeros = [control.zero_convs, control.middle_block_out, control.input_hint_block[-1]]
-        for module in (*zeros, *(layer.up for layer in control.borrowed() if layer.rank)):
+        # A hint encoder as it begins: the paper's has Gaussian weights.
+        encoder = HINT_ENCODERS[hint_encoder](hint_channels, config.model_channels, dtype=dtype, device=device)
+        control.input_hint_block = encoder
+        for module in (*control.connections(), *(layer.up for layer in control.borrowed() if layer.rank)):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
         return control
@@ -220,7 +224,8 @@ class ControlLora(ControlNet):
         """
         weights = {key: tensor.detach().float() for key, tensor in self.state_dict().items()}
         full = {}
-        for key, like in ControlNet(self.config, self.hint_channels, device="meta").state_dict().items():
+        like_this = ControlNet(self.config, *read_hint_encoder(weights), device="meta")
+        for key, like in like_this.state_dict().items():
             name, _, part = key.rpartition(".")
             up, down = weights.get(f"{name}.up.weight"), weights.get(f"{name}.down.weight")
             own = weights.get(key, weights.get(f"{name}.up.bias") if part == "bias" else None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .configuration import check_heads, describe_mismatch, family, read_unet_config
@@ -87,7 +88,86 @@ def paper_hint_encoder(hint_channels: int, channels: int, *, operations: Any = n
 HINT_ENCODERS = {"released": released_hint_encoder, "paper": paper_hint_encoder}
 
 
-class ControlNet(Encoder):
+class Connections(nn.Module):
+    """How a control is joined to its UNet: the hint goes in behind the first block, zero convolutions lead out.
+
+    `_connect` makes them; the rest of a control is a row of blocks and a middle one, which `_collect` runs.
+    """
+
+    kind: str
+
+    def _connect(
+        self, config: UNetConfig, hint_channels: int, hint_encoder: str, *, operations: Any = nn, **place: Any
+    ) -> None:
+        """Add the hint encoder (a name in `HINT_ENCODERS`) and a zero convolution for each block of `config`."""
+        self.hint_channels = hint_channels
+        self.input_hint_block = HINT_ENCODERS[hint_encoder](
+            hint_channels, config.model_channels, operations=operations, **place
+        )
+        self.zero_convs = nn.ModuleList(
+            nn.Sequential(zero_convolution(channels, channels, operations=operations, **place))
+            for channels in config.skip_channels
+        )
+        deepest = config.skip_channels[-1]
+        self.middle_block_out = nn.Sequential(zero_convolution(deepest, deepest, operations=operations, **place))
+
+    def connections(self) -> Iterator[nn.Module]:
+        """The convolutions that start at 0: the hint encoder's last, one for each encoder block, the middle's."""
+        yield self.input_hint_block[-1]
+        for connection in (*self.zero_convs, self.middle_block_out):
+            yield from connection.children()
+
+    def encode_hint(self, hint: Tensor) -> Tensor:
+        """Hint (B, hint_channels, 8H, 8W) in [0,1] -> guided hint (B, model_channels, H, W); once per sampling."""
+        height, width = hint.shape[2:]
+        if hint.shape[1] != self.hint_channels or height % 8 or width % 8:
+            raise ValueError(
+                f"hint has {hint.shape[1]} channels of {width}x{height}; this {self.kind} takes {self.hint_channels} "
+                "channels, and width and height must be multiples of 8: resize the hint to 8 times the latent's size"
+            )
+        return self.input_hint_block(hint)
+
+    def _collect(
+        self, x: Tensor, guided_hint: Tensor, blocks: Iterable[nn.Module], middle: nn.Module, *inputs: Tensor
+    ) -> Residuals:
+        """x through `blocks` and `middle`, each of which takes `inputs` as well, and out through the connections."""
+        h = x
+        skips = []
+        for i, (block, zero) in enumerate(zip(blocks, self.zero_convs, strict=True)):
+            h = block(h, *inputs)
+            if i == 0:
+                if guided_hint.shape[1:] != h.shape[1:]:
+                    found, expected = ("x".join(map(str, t.shape[1:])) for t in (guided_hint, h))
+                    raise ValueError(
+                        f"the guided hint is {found}, this latent needs {expected}: "
+                        "encode a hint of 8 times the latent's size"
+                    )
+                h = h + guided_hint
+            skips.append(zero(h))
+        return Residuals(tuple(skips), self.middle_block_out(middle(h, *inputs)))
+
+
+CONNECTIONS = ("zero", "gaussian")
+"""How the connections of a new control begin."""
+
+
+@torch.no_grad()
+def connect(control: Connections, connections: str, generator: torch.Generator | None = None) -> None:
+    """Set the connections of a new control: "zero" as the paper has them, or "gaussian" as in its ablation.
+
+    Gaussian weights are N(0, 1 / fan-in), so that residuals begin as large as the features that they come from; biases
+    are 0. They are drawn on the CPU, from `generator` or torch's own, and so are the same on every device.
+    """
+    if connections not in CONNECTIONS:
+        raise ValueError(f"connections are {' or '.join(CONNECTIONS)}, found {connections!r}: choose one of these")
+    for convolution in control.connections():
+        for parameter in convolution.parameters():
+            nn.init.zeros_(parameter)
+            if connections == "gaussian" and parameter.ndim == 4:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+
+
+class ControlNet(Encoder, Connections):
     """The trainable copy with 12+1 (SDXL 9+1) zero convolutions.
 
     `hint_encoder` is "released" (published weights) or "paper" (the text's own). A new ControlNet's zero convolutions
@@ -106,16 +186,7 @@ class ControlNet(Encoder):
         **place: Any,
     ):
         super().__init__(config, operations=operations, **place)
-        self.hint_channels = hint_channels
-        self.input_hint_block = HINT_ENCODERS[hint_encoder](
-            hint_channels, config.model_channels, operations=operations, **place
-        )
-        self.zero_convs = nn.ModuleList(
-            nn.Sequential(zero_convolution(channels, channels, operations=operations, **place))
-            for channels in config.skip_channels
-        )
-        deepest = config.skip_channels[-1]
-        self.middle_block_out = nn.Sequential(zero_convolution(deepest, deepest, operations=operations, **place))
+        self._connect(config, hint_channels, hint_encoder, operations=operations, **place)
 
     @property
     def family(self) -> str:
@@ -126,16 +197,6 @@ class ControlNet(Encoder):
         """Why this does not fit the model, in one sentence; `None` when it fits."""
         return describe_mismatch(self.config, model, self.kind)
 
-    def encode_hint(self, hint: Tensor) -> Tensor:
-        """Hint (B, hint_channels, 8H, 8W) in [0,1] -> guided hint (B, model_channels, H, W); once per sampling."""
-        height, width = hint.shape[2:]
-        if hint.shape[1] != self.hint_channels or height % 8 or width % 8:
-            raise ValueError(
-                f"hint has {hint.shape[1]} channels of {width}x{height}; this ControlNet takes {self.hint_channels} "
-                "channels, and width and height must be multiples of 8: resize the hint to 8 times the latent's size"
-            )
-        return self.input_hint_block(hint)
-
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor, guided_hint: Tensor, y: Tensor | None = None
     ) -> Residuals:
@@ -143,21 +204,7 @@ class ControlNet(Encoder):
         return self._residuals(x, self.embed(x, timesteps, y), context, guided_hint)
 
     def _residuals(self, x: Tensor, emb: Tensor, context: Tensor, guided_hint: Tensor) -> Residuals:
-        h = x
-        skips = []
-        for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
-            h = block(h, emb, context)
-            if i == 0:
-                if guided_hint.shape[1:] != h.shape[1:]:
-                    found, expected = ("x".join(map(str, t.shape[1:])) for t in (guided_hint, h))
-                    raise ValueError(
-                        f"the guided hint is {found}, this latent needs {expected}: "
-                        "encode a hint of 8 times the latent's size"
-                    )
-                h = h + guided_hint
-            skips.append(zero(h))
-        h = self.middle_block(h, emb, context)
-        return Residuals(tuple(skips), self.middle_block_out(h))
+        return self._collect(x, guided_hint, self.input_blocks, self.middle_block, emb, context)
 
 
 def build(

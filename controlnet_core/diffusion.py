@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latent (B,4,H,W), timestep (B,)) -> predicted noise, guidance included."""
+"""(noisy latent (B,4,H,W), timestep (B,)) -> prediction, guidance included."""
 
 
 def alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
@@ -31,14 +31,22 @@ def velocity(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor) 
 
 
 @torch.no_grad()
-def sample_ddim(predict: Predict, noise: Tensor, alphas: Tensor, steps: int = 20) -> Tensor:
-    """Latents from `noise` (B,4,H,W) by deterministic DDIM (Song et al., 2021) with evenly spaced timesteps."""
+def sample_ddim(
+    predict: Predict, noise: Tensor, alphas: Tensor, steps: int = 20, prediction: str = "eps"
+) -> Tensor:
+    """Latents from `noise` (B,4,H,W) by deterministic DDIM (Song et al., 2021) with evenly spaced timesteps.
+
+    `prediction` is what `predict` gives: "eps", the noise, or "v", the velocity.
+    """
     timesteps = torch.linspace(len(alphas) - 1, 0, steps + 1).round().long().tolist()
     x = noise
     for t, following in pairwise(timesteps):
-        eps = predict(x, torch.full((len(x),), t, device=x.device))
+        found = predict(x, torch.full((len(x),), t, device=x.device))
         a, b = alphas[t].item(), alphas[following].item() if following > 0 else 1.0
-        clean = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        if prediction == "v":
+            clean, eps = a**0.5 * x - (1 - a) ** 0.5 * found, a**0.5 * found + (1 - a) ** 0.5 * x
+        else:
+            clean, eps = (x - (1 - a) ** 0.5 * found) / a**0.5, found
         x = b**0.5 * clean + (1 - b) ** 0.5 * eps
     return x
 

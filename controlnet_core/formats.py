@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import control_lora, controlnet, lllite, t2i_adapter, union
+from . import control_lora, controlnet, lite, lllite, t2i_adapter, union
 from .diagnosis import OTHER_CONTROLS, diagnose
 from .keys import Condition, State, Weights, has, numbered, renamed, some
 from .unet import UNetConfig
@@ -187,6 +187,7 @@ FORMATS: tuple[Format, ...] = (
     Format("Union, diffusers", DIFFUSERS & UNION, from_diffusers, union.build),
     Format("Union, ldm", (PREFIXED | BARE) & UNION, from_ldm, union.build),
     Format("diffusers", DIFFUSERS, from_diffusers, controlnet.build),
+    Format("ControlNet-lite", lite.LITE, dict, lite.build),
     Format("difference", has("difference") & (PREFIXED | BARE), from_difference, controlnet.build, needs_base=True),
     Format("ldm with prefix", PREFIXED, from_ldm, controlnet.build),
     Format("ldm", BARE, from_ldm, controlnet.build),

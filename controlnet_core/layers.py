@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -171,11 +172,22 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """One entry of `input_blocks`, `middle_block` or `output_blocks`: hands each part what it takes."""
+    """One entry of `input_blocks`, `middle_block` or `output_blocks`: hands each part what it takes.
+
+    `checkpointing` keeps only a block's input for the backward pass, and computes the block again there: less memory
+    for more time, in training.
+    """
+
+    checkpointing = False
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None
     ) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, x, emb, context, size, use_reentrant=False)  # type: ignore[return-value]
+        return self._run(x, emb, context, size)
+
+    def _run(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None) -> Tensor:
         for part in self:
             if isinstance(part, ResBlock):
                 x = part(x, emb)

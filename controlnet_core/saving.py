@@ -51,6 +51,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     "T2I-Adapter": {"ldm": _canonical, "diffusers": lambda _, weights: t2i_adapter.to_diffusers(weights)},
     "Control-LoRA": {"ldm": lambda _, weights: to_control_lora(weights)},
     "ControlLLLite": {"ldm": _canonical},
+    "ControlNet-lite": {"ldm": _canonical},
 }
 """For each kind of network the layouts that it is published in; ldm stands for its authors' own."""
 

@@ -1,4 +1,4 @@
-"""The lab's command line: `python dev.py lab train | evaluate | score | scene`."""
+"""The lab's command line: `python dev.py lab train | evaluate | claims | score | scene`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 from . import train
+from .claims import claim as claims
+from .claims import runs
+from .claims.catalogue import CLAIMS
 from .dataset import HINTS, render_arrays
 from .evaluate import SETTINGS, SOLIDS, evaluate, held_out, judge, verdicts
 from .models import SIZE, MissingWeights, device, load_weights
@@ -25,6 +28,7 @@ from .segmenter import Segmenter
 from .sheet import contact_sheet
 
 ROOT = Path(__file__).parent.parent
+README = Path(__file__).parent / "README.md"
 WORK, OUTPUT = ROOT / ".dev" / "lab", ROOT / "output"
 
 STAGES: dict[str, Callable[..., None]] = {
@@ -76,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, default=GUIDANCE_SCALE, help="guidance scale (default: %(default)s)")
     add("--output", type=Path, help="also write a contact sheet there")
 
+    add = command("claims", _claims).add_argument
+    add("names", nargs="*", metavar="name", help=f"of {', '.join(claim.name for claim in CLAIMS)}; none: all")
+    add("--work", type=Path, default=WORK, help="folder for all that is made (default: %(default)s)")
+    add("--list", action="store_true", help="only say what is finished")
+    add("--again", action="store_true", help="measure again what was measured; trainings are kept")
+    add("--publish", action="store_true", help="put tables and pictures of what is finished into lab/README.md")
+
     add = command("score", _score).add_argument
     add("--scene", type=json.loads, required=True, help="inputs of a LabScene node as JSON")
     add("pictures", nargs="+", metavar="label=path", help="pictures that were made from the scene's hints")
@@ -119,6 +130,31 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         report.sheet().save(chosen.output)
         print(f"\nlook at {chosen.output}")
     return 0 if all(reached for reached, _ in results) else 1
+
+
+def _claims(chosen: argparse.Namespace) -> int:
+    """Try the paper's claims: train what they need, measure, and print tables; goes on where it was left."""
+    known = {claim.name: claim for claim in CLAIMS}
+    unknown = [name for name in chosen.names if name not in known]
+    if unknown:
+        raise CommandError(f"there is no claim {unknown[0]!r}; the claims are: {', '.join(known)}")
+    work = claims.Work(chosen.work)
+    wanted = [claim for claim in CLAIMS if claim.name in (chosen.names or known)]
+    for claim in () if chosen.list or chosen.publish else wanted:
+        if chosen.again or claims.kept(work, claim) is None:
+            for name in claim.trainings:
+                runs.run(work, name)
+            claims.keep(work, claim, claim.measure(work))
+    found = {claim.name: claims.kept(work, claim) for claim in wanted}
+    for claim in wanted:
+        left = [name for name in claim.trainings if not runs.finished(work, name)]
+        state = "measured" if found[claim.name] else f"left to train: {', '.join(left)}" if left else "left to measure"
+        print(f"\n{claim.name}: {state}\nthe paper: {claim.says}")
+        if (kept := found[claim.name]) and not chosen.list:
+            print("\n".join(["", kept[0], *(f"look at {path}" for path in kept[1])]))
+    if chosen.publish:
+        claims.publish(README, {name: kept for name, kept in found.items() if kept})
+    return 0
 
 
 def _score(chosen: argparse.Namespace) -> int:

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..controlnet_core.controlnet import ControlNet
 from ..controlnet_core.diffusion import alphas_cumprod, guide, sample_ddim
+from ..controlnet_core.lite import ControlNetLite
 from ..controlnet_core.residuals import Residuals
+from ..controlnet_core.strength import Guidance, Strength
 from ..controlnet_core.unet import UNet
 from .autoencoder import LATENT_SCALE, Autoencoder
 from .dataset import HINTS
@@ -33,7 +36,7 @@ class LabModel:
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     unet: UNet
-    controls: Mapping[str, ControlNet]
+    controls: Mapping[str, ControlNet | ControlNetLite]
 
     @classmethod
     def load(cls, controls: Iterable[str] = HINTS, place: torch.device | None = None) -> LabModel:
@@ -62,7 +65,12 @@ class LabModel:
     @torch.no_grad()
     def reconstruct(self, pictures: Tensor) -> Tensor:
         """Pictures (B,3,H,W) in [0,1] through the autoencoder and back: the best that sampling can give."""
-        return _to_pictures(self.autoencoder.decode(self.autoencoder.encode(pictures.to(self.place) * 2 - 1)))
+        return self.decode(self.autoencoder.encode(pictures.to(self.place) * 2 - 1) * LATENT_SCALE)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B,3,8H,8W) in [0,1] of latents (B,4,H,W) as the UNet sees them."""
+        return (self.autoencoder.decode(latents / LATENT_SCALE) * 0.5 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def sample(
@@ -73,12 +81,13 @@ class LabModel:
         steps: int = STEPS,
         guidance_scale: float = GUIDANCE_SCALE,
         strength: float = 1.0,
+        guidance: Guidance = "both",
     ) -> Tensor:
         """Pictures (B,3,8H,8W) in [0,1] for B prompts by DDIM from `noise` (B,4,H,W).
 
         `hints` are (B,3,8H,8W) in [0,1] by the name of their control; several controls add (paper, section 3.4), each
-        on both halves of guidance. A hint is encoded once; at strength 0 no control runs. Raises PipelineError for a
-        control that is not loaded and for sizes that do not fit together.
+        on the halves of guidance that `guidance` says (`strength.Strength`). A hint is encoded once; at strength 0 no
+        control runs. Raises PipelineError for a control that is not loaded and for sizes that do not fit together.
         """
         noise = noise.to(self.place)
         hints = hints or {}
@@ -86,18 +95,24 @@ class LabModel:
         guided = guidance_scale != 1
         context = self.encode([*prompts, *[""] * len(prompts)] if guided else prompts)
         halves = (2 if guided else 1, 1, 1, 1)
+        dose = Strength(strength, guidance=guidance).dose(strength, len(self.unet.config.skip_channels), noise.shape[2])
+        # The conditional half comes first.
+        acted = len(noise) * (1 if guidance != "both" else halves[0])
         guided_hints = {
-            name: self.controls[name].encode_hint(hint.to(self.place)).repeat(halves)
+            name: self.controls[name].encode_hint(hint.to(self.place)).repeat(halves)[:acted]
             for name, hint in hints.items()
             if strength != 0
         }
+
+        def whole(_: int, residual: Tensor) -> Tensor:
+            return F.pad(residual, (0, 0, 0, 0, 0, 0, 0, len(noise) * halves[0] - acted))
 
         def predict(x: Tensor, timesteps: Tensor) -> Tensor:
             x, timesteps = x.repeat(halves), timesteps.repeat(halves[0])
             residuals: Residuals | None = None
             for name, guided_hint in guided_hints.items():
-                control = self.controls[name](x, timesteps, context, guided_hint)
-                control = control.mapped(lambda _, residual: residual * strength)
+                control = dose.apply(self.controls[name](x[:acted], timesteps[:acted], context[:acted], guided_hint))
+                control = control.mapped(whole)
                 residuals = control if residuals is None else residuals + control
             predicted = self.unet(x, timesteps, context, residuals=residuals)
             if not guided:
@@ -106,7 +121,7 @@ class LabModel:
             return guide(cond, uncond, guidance_scale)
 
         latents = sample_ddim(predict, noise, alphas_cumprod(), steps)
-        return _to_pictures(self.autoencoder.decode(latents / LATENT_SCALE))
+        return self.decode(latents)
 
     def _check(self, prompts: Sequence[str], noise: Tensor, hints: Mapping[str, Tensor]) -> None:
         batch, _, height, width = noise.shape
@@ -129,7 +144,3 @@ def scene_noise(seeds: Iterable[int], size: int = SIZE) -> Tensor:
     return torch.stack(
         [torch.randn((4, size // 8, size // 8), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
-
-
-def _to_pictures(decoded: Tensor) -> Tensor:
-    return (decoded * 0.5 + 0.5).clamp(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .annotate import Annotate
 from .apply import ApplyControl, ApplyControlToPrompt, StackControls
+from .dataset import LabScenes, MakeControlDataset
 from .dosing import ControlBlockWeights, ControlSchedule
 from .inspect import InspectControl
 from .lab import LabScene, LoadLabModel
@@ -11,6 +12,7 @@ from .load import LoadControlNet
 from .measure import MeasureControl
 from .record import ControlReport, RecordControl
 from .save import NewControlNet, SaveControlNet
+from .train import TrainControlNet, TrainingOptions
 
 NODES = [
     LoadControlNet,
@@ -28,4 +30,8 @@ NODES = [
     SaveControlNet,
     LoadLabModel,
     LabScene,
+    LabScenes,
+    MakeControlDataset,
+    TrainControlNet,
+    TrainingOptions,
 ]

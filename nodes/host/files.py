@@ -16,6 +16,7 @@ import torch
 from ...controlnet_core.control_lora import MARKER, ControlLora
 from ...controlnet_core.controlnet import ControlNet
 from ...controlnet_core.formats import OTHER_PARTS
+from ...controlnet_core.lite import ControlNetLite
 from ...controlnet_core.lllite import ControlLLLite
 from ...controlnet_core.loading import LoadedControl, load_control, read_weights, usual_dtype
 from ...controlnet_core.t2i_adapter import T2IAdapter
@@ -39,6 +40,7 @@ KINDS: dict[type, type[NetworkControl]] = {
     ControlLora: ControlLoraControl,
     T2IAdapter: AdapterControl,
     ControlLLLite: LLLiteControl,
+    ControlNetLite: ControlNetControl,
 }
 """The CONTROL_NET that runs each kind of network."""
 

@@ -8,6 +8,7 @@ from ...controlnet_core.block_weights import BlockWeightsError
 from ...controlnet_core.configuration import family
 from ...controlnet_core.control_lora import ControlLora
 from ...controlnet_core.controlnet import ControlNet
+from ...controlnet_core.lite import ControlNetLite
 from ...controlnet_core.lllite import ControlLLLite
 from ...controlnet_core.t2i_adapter import T2IAdapter
 from ...controlnet_core.unet import SD15, SD21, SDXL, UNetConfig
@@ -77,7 +78,7 @@ def _of_kind(network: Any) -> dict[str, str]:
     elif isinstance(network, ControlLLLite):
         facts["hint"] = hint
         facts["modules"] = f"{len(network)}, each shifts what one layer of the model is given"
-    elif isinstance(network, ControlNet):
+    elif isinstance(network, ControlNet | ControlNetLite):
         facts["hint"] = hint
         facts |= _controlnet(network.config)
         if isinstance(network, UnionControlNet):

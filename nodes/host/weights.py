@@ -15,18 +15,29 @@ from .foreign import ForeignControl
 from .networks import NetworkControl
 
 
-@torch.no_grad()
 def base_weights(model: Any) -> dict[str, Tensor]:
     """What a control can copy of the host's MODEL: encoder and middle block, ldm names without prefix.
 
     As sampling sees them, LoRAs and merges included, wherever the host keeps them just now; fp8 comes as fp16, which
     holds the same numbers.
     """
+    return _weights(model, BORROWED)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def unet_weights(model: Any) -> dict[str, Tensor]:
+    """As `base_weights`, of the whole UNet: tensors of their own on the CPU, which autograd takes."""
+    return {name: weight.to("cpu", copy=True) for name, weight in _weights(model, ("",)).items()}
+
+
+@torch.no_grad()
+def _weights(model: Any, parts: tuple[str, ...]) -> dict[str, Tensor]:
     prefix = "diffusion_model."
     weights = {}
     for key, (original, *patches) in model.get_key_patches(prefix).items():
         name = key.removeprefix(prefix)
-        if name.startswith(BORROWED):
+        if name.startswith(parts):
             weight, convert = original
             if patches:
                 # The weights may be patched already, so begin with the original; into fp32 and back, as the host does.

@@ -220,6 +220,7 @@ KINDS: list[tuple[tuple[str, ...], str]] = [
     ),
     (("zero_convs.0.0.weight", "task_embedding", "control_add_embedding.linear_1.bias"), "Union, ldm"),
     (("controlnet_cond_embedding.conv_in.weight",), "diffusers"),
+    (("zero_convs.0.0.weight", "lite_blocks.1.0.weight"), "ControlNet-lite"),
     (("difference", "control_model.zero_convs.0.0.weight"), "difference"),
     (("control_model.zero_convs.0.0.weight", "model.diffusion_model.out.2.weight"), "ldm with prefix"),
     (("zero_convs.0.0.weight",), "ldm"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from zeroconv.controlnet_core import control_lora, saving
 from zeroconv.controlnet_core.control_lora import ControlLora
 from zeroconv.controlnet_core.controlnet import BaseMismatch, ControlNet
+from zeroconv.controlnet_core.lite import ControlNetLite
 from zeroconv.controlnet_core.lllite import ControlLLLite, LLLite
 from zeroconv.controlnet_core.loading import load_control, read_weights
 from zeroconv.controlnet_core.saving import (
@@ -88,6 +89,7 @@ NETWORKS = {
     "Control-LoRA, SD1.x": lambda: lora("SD1.x"),
     "Control-LoRA, SDXL": lambda: lora("SDXL"),
     "ControlLLLite": lllite,
+    "ControlNet-lite": lambda: randomise_zeros(seeded(ControlNetLite, SMALL["SDXL"])),
 }
 BOTH = ("ldm", "diffusers")
 
@@ -98,7 +100,7 @@ def network_of(name: str) -> Any:
     return NETWORKS[name]()
 
 
-# Control-LoRA and ControlLLLite are published in their authors' own layout alone.
+# Control-LoRA, ControlLLLite and ControlNet-lite have one layout alone.
 CASES = [(name, layout) for name in NETWORKS for layout in BOTH if layout == "ldm" or "Control" not in name]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from graphs import CONTEXT, POOLED
 
 from zeroconv.controlnet_core.control_lora import ControlLora
+from zeroconv.controlnet_core.lite import ControlNetLite
 from zeroconv.controlnet_core.lllite import ControlLLLite, LLLite
 from zeroconv.controlnet_core.t2i_adapter import AdapterConfig, T2IAdapter
 from zeroconv.controlnet_core.unet import UNetConfig
@@ -34,4 +35,5 @@ OTHERS: dict[str, tuple[Any, tuple[str, ...]]] = {
         ),
         ("ldm",),
     ),
+    "ControlNet-lite": (lambda: ControlNetLite(SDXL), ("ldm",)),
 }

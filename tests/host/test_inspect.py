@@ -147,6 +147,15 @@ def test_a_lllite_counts_its_modules(host: Host):
     assert facts["modules"].startswith("1, each shifts")
 
 
+def test_a_controlnet_lite_reads_no_text(host: Host):
+    facts = inspect(host, loaded(host, OTHERS["ControlNet-lite"][0](), "inspected_lite"), host.model("sdxl"))
+    assert (facts["kind"], facts["family"], facts["format"]) == ("ControlNet-lite", "SDXL", "ControlNet-lite")
+    assert facts["residuals"] == "9+1"
+    assert facts["width"] == "64 channels, multipliers 1 1 2"
+    assert facts["text"] == "not read, it has no attention to it"
+    assert facts["fits"] == "yes, the model is SDXL"
+
+
 def test_a_control_of_another_loader_is_read_as_well(host: Host):
     facts = inspect(host, host.load("sd15_depth", native=True), host.model("sd15"))
     assert facts["format"] == "ControlNet of another loader"

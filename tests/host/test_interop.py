@@ -322,12 +322,12 @@ def test_a_foreign_control_that_acts_through_hooks_needs_prompts(host: Host):
 
 # -- every kind of control in the host's own nodes --------------------------------------------------------------------
 
-KINDS = ("union", "lora", "adapter", "lllite")
+KINDS = ("union", "lora", "adapter", "lllite", "lite")
 
 
 def made(host: Host, kind: str) -> Any:
     """A CONTROL_NET of this kind for the tiny SDXL model."""
-    from tiny_kinds import adapter_state, lora_state, union_state
+    from tiny_kinds import adapter_state, lite_state, lora_state, union_state
 
     from .test_lllite import file_for, published
 
@@ -335,6 +335,7 @@ def made(host: Host, kind: str) -> Any:
         "union": union_state,
         "lora": lambda: lora_state("sdxl"),
         "adapter": lambda: adapter_state("sdxl"),
+        "lite": lambda: lite_state("sdxl"),
         "lllite": lambda: file_for(host.model("sdxl").model.diffusion_model, published),
     }[kind]
     control = host.load_made(f"sdxl_kind_{kind}", make)
@@ -373,7 +374,7 @@ def test_every_kind_in_the_hosts_apply_node_before_and_after_a_native_control(ho
     assert off_by(both, alone) >= 1e-3 and both.calls("unet") == without.calls("unet")
 
 
-@pytest.mark.parametrize("kind", ["lora", "adapter", "lllite"])
+@pytest.mark.parametrize("kind", ["lora", "adapter", "lllite", "lite"])
 def test_every_kind_takes_its_own_frames_hints_in_context_windows(host: Host, kind: str):
     """A Union is left out: its authors let the pictures of a batch see each other's hints."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode

@@ -91,6 +91,30 @@ CONTRACT = {
         ["seed", "size", "figure", "solids"],
         ["image", "depth", "pose", "canny", "pose_keypoints", "prompt"],
     ),
+    "LabScenes": (["count", "seed", "hint", "name"], ["folder"]),
+    "MakeControlDataset": (
+        [
+            *("name", "vae", "clip", "folder", "captions", "annotator", "annotator_resolution", "resolution", "mirror"),
+            *("images", "hints", "model"),
+        ],
+        ["dataset", "report"],
+    ),
+    "TrainControlNet": (
+        [
+            *("model", "clip", "vae", "dataset", "name", "steps", "batch_size", "accumulation", "learning_rate"),
+            *("warmup", "schedule", "kind", "precision", "gradient_checkpointing", "sample_every", "held_out"),
+            *("save_every", "seed", "fidelity", "options"),
+        ],
+        ["control_net", "plot", "samples", "control_net_name"],
+    ),
+    "TrainingOptions": (
+        [
+            *("rank", "connections", "hint_encoder", "middle_only", "unlock_decoder", "decoder_learning_rate"),
+            *("empty_prompts", "timesteps", "min_snr", "clip", "optimizer", "weight_decay", "ema", "keep"),
+            *("sample_steps", "guidance_scale"),
+        ],
+        ["options"],
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zeroconv.controlnet_core.control_lora import ControlLora, to_control_lora
 from zeroconv.controlnet_core.formats import to_diffusers
+from zeroconv.controlnet_core.lite import ControlNetLite
 from zeroconv.controlnet_core.t2i_adapter import SOCKETS, AdapterConfig, T2IAdapter
 from zeroconv.controlnet_core.unet import UNetConfig
 from zeroconv.controlnet_core.union import UnionControlNet
@@ -46,6 +47,13 @@ def lora_state(family: str = "sd15", rank: int = 4, seed: int = 606) -> State:
     network = ControlLora.fresh(tiny_config(family), rank)
     randomise(network, seed)
     return to_control_lora(network.state_dict())
+
+
+def lite_state(family: str = "sd15", seed: int = 808) -> State:
+    """A ControlNet-lite for the tiny model of `family`."""
+    network = ControlNetLite(tiny_config(family))
+    randomise(network, seed)
+    return dict(network.state_dict())
 
 
 def adapter_state(family: str = "sd15", light: bool = False, seed: int = 707) -> State:

@@ -1,0 +1,209 @@
+"""Train from a terminal, with one process or many: python -m controlnet_core.training CONFIG.toml."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import cv2
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ..controlnet import BaseMismatch
+from ..diffusion import alphas_cumprod
+from ..loading import LoadError, load_unet, read_weights
+from ..saving import SaveError
+from . import config
+from .config import ConfigError, Run
+from .dataset import Dataset
+from .distributed import DistributedError, Process, joined
+from .log import Log, LogError
+from .loop import Progress, TrainingStopped, train
+from .manifest import DatasetError
+from .options import MEANINGS, OptionsError, TrainingOptions
+from .plot import plot
+
+EXPECTED = (
+    BaseMismatch,
+    ConfigError,
+    DatasetError,
+    DistributedError,
+    LoadError,
+    LogError,
+    OptionsError,
+    SaveError,
+    TrainingStopped,
+)
+"""What is no fault of the program: said in one sentence, without a traceback."""
+
+PERIOD = 5.0
+"""Seconds between lines on the terminal."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the arguments say; gives the exit code: 0, 1 after an error, 128 and the signal when it was stopped."""
+    given = vars(_parser().parse_args(arguments))
+    if given.pop("defaults"):
+        print(config.defaults(), end="")
+        return 0
+    path: Path | None = given.pop("config")
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        if path is None:
+            raise ConfigError("no file was given: --defaults prints one to begin with")
+        with joined() as process:
+            logging.basicConfig(level=logging.WARNING if process.rank else logging.INFO, format="%(message)s")
+            return run(config.read(path, given), process)
+    except EXPECTED as error:
+        print(f"process {rank}: {error}" if rank else str(error), file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def run(run: Run, process: Process) -> int:
+    """Train until the end or until a signal asks to stop; gives the exit code."""
+    dataset = Dataset.open(run.dataset)
+    unet = load_unet(*_read(run.base), name=run.base.name)
+    watch = Watch(run, dataset) if process.rank == 0 else None
+    progresses = train(
+        run.options, unet.state_dict(), unet.config, alphas_cumprod(), dataset, run.output, process=process
+    )
+    # Closing the training writes a checkpoint, also when the watch finds no room for what it writes.
+    with Stop(alone=process.world == 1) as stop, closing(progresses), closing(watch) if watch else nullcontext():
+        for progress in progresses:
+            if watch:
+                watch.see(progress)
+            asked = max(process.gather(stop.signal))  # by all of them after the same step
+            if asked and progress.step < progress.steps:
+                break
+        else:
+            asked = 0
+    if asked:
+        _say(process, f"stopped after step {progress.step} of {progress.steps}: the same command goes on from there")
+        return 128 + asked
+    _say(process, f"done: {run.output / 'control.safetensors'}")
+    return 0
+
+
+def _read(base: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not base.is_file():
+        raise LoadError(f"{base}: there is no such file: give the path of the base model's weights")
+    return read_weights(base)
+
+
+def _say(process: Process, text: str) -> None:
+    if process.rank == 0:
+        print(text, flush=True)
+
+
+class Stop:
+    """Makes SIGINT (Ctrl-C) and SIGTERM ask for an end after the step, as `signal`; a second one stops at once.
+
+    Among many processes a second one says nothing: a terminal and a launcher each hand the same Ctrl-C on.
+    """
+
+    def __init__(self, alone: bool):
+        self.signal = 0
+        self._alone = alone
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, _frame: Any) -> None:
+        if self.signal and self._alone:
+            raise KeyboardInterrupt
+        if not self.signal and self._alone:
+            os.write(2, b"stopping after this step; once more stops at once and loses it\n")  # print may be interrupted
+        self.signal = number
+
+
+class Watch:
+    """What the terminal and the run's folder show of a training."""
+
+    def __init__(self, run: Run, dataset: Dataset):
+        self._run, self._dataset = run, dataset
+        held, _ = dataset.split(run.options.held_out, run.options.seed)
+        self._held = dataset.read(held) if held else None
+        self._log: Log | None = None
+        self._said = 0.0
+
+    def see(self, progress: Progress) -> None:
+        """Log a step, with its samples as a picture where it has some."""
+        folder = self._run.output
+        if self._log is None:
+            facts = {"base": str(self._run.base), "dataset": str(self._run.dataset), **self._run.options.as_dict()}
+            self._log = Log.open(folder, progress.step - 1, facts)
+            (folder / "options.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        pictures = None
+        if progress.samples is not None and self._held is not None:
+            pictures = self._pictures(progress.samples)
+            _write(folder / "samples" / f"step-{progress.step:08d}.png", pictures)
+        self._log.add(progress, pictures)
+        if progress.fidelity is not None or progress.step == progress.steps:
+            _write(folder / "plot.png", plot(self._log.losses, self._log.fidelity, progress.converged))
+        now = time.monotonic()
+        if now - self._said > PERIOD or progress.fidelity is not None or progress.step == progress.steps:
+            print(self._log.describe(progress), flush=True)
+            self._said = now
+
+    def close(self) -> None:
+        """Write what the log still has in memory."""
+        if self._log is not None:
+            self._log.close()
+
+    def _pictures(self, samples: Tensor) -> Any:
+        """Hints above pictures above samples (3h,w,3) uint8, latents by the dataset's own colours."""
+        assert self._held is not None
+        rows = [self._held.hints.cpu()]
+        for latents in (self._held.latents, samples.cpu()):
+            small = self._dataset.preview(latents)
+            rows.append(F.interpolate(small, scale_factor=8, mode="bicubic").clamp(0, 1))
+        sheet = rearrange(torch.stack(rows), "rows b c h w -> (rows h) (b w) c")
+        return (sheet * 255).round().byte().numpy()
+
+
+def _write(path: Path, picture: Any) -> None:
+    """Write a picture (H,W,3) uint8 as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m controlnet_core.training",
+        description="Train a control on a cached dataset. A run that was stopped goes on from its newest checkpoint. "
+        "Under torchrun or accelerate launch, all processes train one control together.",
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="the file that describes the run")
+    parser.add_argument("--defaults", action="store_true", help="print such a file with all options, and end")
+    options = parser.add_argument_group("options, in place of those of the file")
+    kinds = get_type_hints(TrainingOptions)
+    for field in fields(TrainingOptions):
+        flag, meaning = f"--{field.name.replace('_', '-')}", MEANINGS[field.name].replace("%", "%%")
+        kind: dict[str, Any] = {"type": kinds[field.name], "metavar": str(field.default)}
+        if kinds[field.name] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        options.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=meaning, **kind)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

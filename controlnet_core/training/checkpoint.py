@@ -1,0 +1,128 @@
+"""A training on disk: all of it in one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..keys import Weights
+from ..loading import LoadError, read_weights
+from ..saving import write
+from .options import STRUCTURE, OptionsError, TrainingOptions
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training after `step` steps: everything that its further losses depend on, the base and the data excepted.
+
+    `tensors` are named `model.`, `optimizer.<state>.` and `average.` with the parameter's name behind. `facts` is
+    plain data: options, measurements, seconds, and what the base and the data are recognized by. Chance and data
+    position need no room: both follow from the seed and the step.
+    """
+
+    step: int
+    tensors: Weights
+    facts: dict[str, Any]
+
+    def part(self, prefix: str) -> Weights:
+        """The tensors under a prefix, without it."""
+        return {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint into `folder` and leave the newest `keep`; raises SaveError, and then none is lost."""
+    path = folder / f"step-{checkpoint.step:08d}.safetensors"
+    write(path, checkpoint.tensors, {"step": str(checkpoint.step), "facts": json.dumps(checkpoint.facts)})
+    for old in files(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def clean(folder: Path) -> None:
+    """Remove the temporary files that a process left in `folder` when it was killed while it wrote."""
+    for left in folder.glob(".*.safetensors.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def files(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, from old to new."""
+    return sorted(path for path in folder.glob("step-*.safetensors") if NAME.fullmatch(path.name))
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in a file; raises LoadError saying what is wrong with it."""
+    tensors, metadata = read_weights(path)
+    try:
+        return Checkpoint(int(metadata["step"]), tensors, json.loads(metadata["facts"]))
+    except (KeyError, ValueError) as error:
+        raise LoadError(
+            f"{path.name}: this is no checkpoint of a training: choose a file step-*.safetensors"
+        ) from error
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read, None where there is none; raises LoadError where none of them can."""
+    found = files(folder)
+    for path in reversed(found):
+        try:
+            return load(path)
+        except LoadError as error:
+            log.warning("%s; the checkpoint before it is taken, if there is one", error)
+    if found:
+        raise LoadError(
+            f"{folder}: none of its {len(found)} checkpoints can be read: delete them to begin again at step 0"
+        )
+    return None
+
+
+def check(saved: Checkpoint, options: TrainingOptions, facts: dict[str, Any]) -> None:
+    """Raise OptionsError unless a training that goes on from `saved` would be the same one; log what has changed."""
+    before, now = saved.facts["options"], options.as_dict()
+    for name in STRUCTURE:
+        if before[name] != now[name]:
+            raise OptionsError(
+                f"this run began with {name} {before[name]!r}, found {now[name]!r}: give the same again, or train in "
+                "another folder"
+            )
+    for name, what in (("base", "model"), ("data", "dataset")):
+        if saved.facts[name] != facts[name]:
+            raise OptionsError(
+                f"this run began with another {what}: give the same one again, or train in another folder"
+            )
+    for name in now:
+        if before.get(name) != now[name]:
+            log.info("%s was %s and is %s from step %d on", name, before.get(name), now[name], saved.step)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Weights:
+    """The optimizer's state as tensors `<state>.<parameter>`; a plain whole number becomes an int64 of no dimension."""
+    return {
+        f"{state}.{names[parameter]}": torch.as_tensor(value)
+        for parameter, states in optimizer.state.items()
+        for state, value in states.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Weights, names: Mapping[Tensor, str]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {names[parameter]: i for i, parameter in enumerate(order)}
+    state: dict[int, dict[str, Tensor | int]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        plain = tensor.ndim == 0 and tensor.dtype == torch.int64
+        # A copy: tensors of a file may be mapped, and a mapped file cannot be deleted on Windows.
+        state.setdefault(numbers[name], {})[kind] = int(tensor) if plain else tensor.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,276 @@
+"""A cached dataset as training reads it: latents, text embeddings and hints from shards on disk, in a fixed order."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from itertools import accumulate
+from math import ceil, lcm
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .manifest import DatasetError, Manifest, damage, read_manifest
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items of one size, on the CPU.
+
+    `latents` (B,4,h,w) fp32, scaled as the UNet sees them. `context` (B,T,C) and `pooled` (B,D) fp32, of each item's
+    own prompt; `prompts` (B,) int64 says which one, 0 being the empty prompt. `sizes` (B,6) int32: height and width of
+    the picture, top and left of the crop, height and width of the crop. `pooled` and `sizes` are None but for SDXL.
+    `hints` (B,3,8h,8w) fp32 in [0,1].
+    """
+
+    latents: Tensor
+    context: Tensor
+    pooled: Tensor | None
+    sizes: Tensor | None
+    hints: Tensor
+    prompts: Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an item lies: row `row` of shard `file`; its pictures have `height` x `width` pixels."""
+
+    name: str
+    mirrored: bool
+    file: str
+    row: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A dataset in `folder`. Nothing is in memory but names and places: shards are mapped while they are read."""
+
+    folder: Path
+    manifest: Manifest
+    places: tuple[Place, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """The dataset in `folder`, as `caching.make` wrote it.
+
+        Raises DatasetError for a folder that holds none, one without items, and one whose files are missing or
+        damaged, naming them.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise DatasetError(f"{folder} holds no dataset (no manifest.json): make one with Make Control Dataset")
+        wrong = [said for part in (*manifest.prompts, *manifest.shards) if (said := damage(folder, part))]
+        if wrong:
+            raise DatasetError(
+                f"{folder} is damaged: {'; '.join(wrong)}: make the dataset again into the same folder, which makes "
+                "anew what these files held and keeps the rest"
+            )
+        places = tuple(
+            Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width)
+            for shard in manifest.shards
+            for row, entry in enumerate(shard.entries)
+            if entry.live
+        )
+        if not places:
+            raise DatasetError(f"{folder} holds a dataset without items: make it again from pictures that can be read")
+        return cls(folder, manifest, places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each item is called; mirror images say so."""
+        return tuple(f"{place.name} (mirrored)" if place.mirrored else place.name for place in self.places)
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """All distinct prompts; `Batch.prompts` counts them. The first is empty."""
+        return tuple(prompt for file in self.manifest.prompts for prompt in file.prompts)
+
+    def bucket_of(self, index: int) -> tuple[int, int]:
+        """Height and width in pixels of an item; items of one batch have the same."""
+        return self.places[index].height, self.places[index].width
+
+    @cached_property
+    def buckets(self) -> dict[tuple[int, int], list[int]]:
+        """The items of each size, the size with the most items first."""
+        found = defaultdict(list)
+        for index in range(len(self)):
+            found[self.bucket_of(index)].append(index)
+        return dict(sorted(found.items(), key=lambda bucket: (-len(bucket[1]), bucket[0])))
+
+    def split(self, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+        """(items to watch, items to learn from): `held_out` pictures of the largest bucket, drawn by `seed`.
+
+        At most a quarter of the bucket is watched. Mirror images are not, and the mirror image of a picture that is
+        watched is not learnt from.
+        """
+        largest = next(iter(self.buckets.values()))
+        candidates = [index for index in largest if not self.places[index].mirrored]
+        order = np.random.default_rng(seed).permutation(len(candidates))[: min(held_out, len(candidates) // 4)]
+        watched = [candidates[i] for i in order]
+        names = {self.places[index].name for index in watched}
+        return watched, [index for index in range(len(self)) if self.places[index].name not in names]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the dataset is recognized by: a hash over its items in their order and what they were made from."""
+        said = [
+            (entry.name, entry.stamp, entry.mirrored)
+            for shard in self.manifest.shards
+            for entry in shard.entries
+            if entry.live
+        ]
+        return blake2b(repr((self.manifest.options, self.prompts, said)).encode(), digest_size=8).hexdigest()
+
+    @property
+    def hint_channels(self) -> int:
+        """Channels of the hints that `read` gives."""
+        return 3
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The items `indices`, which are of one bucket, in this order.
+
+        Raises DatasetError for items of several sizes and for a shard that cannot be read.
+        """
+        sizes = {self.bucket_of(index) for index in indices}
+        if len(sizes) != 1:
+            raise DatasetError(
+                f"{self.folder}: a batch holds items of one size, found {sorted(sizes)}: take the items of one bucket"
+            )
+        rows = self._rows([self.places[index] for index in indices])
+        prompts = torch.stack([row["prompts"] for row in rows])
+        contexts = self._contexts(prompts.tolist())
+        pooled = [pooled for _, pooled in contexts if pooled is not None]
+        hints = [row["hints"].expand(3, -1, -1) for row in rows]
+        return Batch(
+            latents=torch.stack([row["latents"] for row in rows]),
+            context=stack_contexts([context for context, _ in contexts]),
+            pooled=torch.stack(pooled) if pooled else None,
+            sizes=torch.stack([row["sizes"] for row in rows]) if self.has_pooled else None,
+            hints=torch.stack(hints).float() / 255,
+            prompts=prompts,
+        )
+
+    @cached_property
+    def empty(self) -> tuple[Tensor, Tensor | None]:
+        """(context (T,C), pooled (D,) or None) of the empty prompt, fp32."""
+        return self._contexts([0])[0]
+
+    def _rows(self, places: Sequence[Place]) -> list[dict[str, Tensor]]:
+        rows: dict[int, dict[str, Tensor]] = {}
+        names = ("latents", "hints", "prompts", *(("sizes",) if self.has_pooled else ()))
+        for file in dict.fromkeys(place.file for place in places):
+            with self._mapped(file) as shard:
+                slices = {key: shard.get_slice(key) for key in names}
+                for number, place in enumerate(places):
+                    if place.file == file:
+                        rows[number] = {key: rows[place.row : place.row + 1][0] for key, rows in slices.items()}
+        return [rows[number] for number in range(len(places))]
+
+    def _contexts(self, prompts: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+        """Context and pooled embedding of each prompt, fp32."""
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for prompt in sorted(set(prompts)):
+            with self._mapped(self._file_of(prompt)) as file:
+                pooled = file.get_tensor(f"pooled.{prompt}").float() if self.has_pooled else None
+                found[prompt] = file.get_tensor(f"context.{prompt}").float(), pooled
+        return [found[prompt] for prompt in prompts]
+
+    @property
+    def has_pooled(self) -> bool:
+        """Whether the text encoder gave pooled embeddings, as SDXL's UNet takes them."""
+        return self.manifest.options["pooled_channels"] > 0
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The number of the first prompt of each prompt file, and the number of prompts."""
+        return [0, *accumulate(len(file.prompts) for file in self.manifest.prompts)]
+
+    def _file_of(self, prompt: int) -> str:
+        return self.manifest.prompts[bisect_right(self._starts, prompt) - 1].file
+
+    @contextmanager
+    def _mapped(self, file: str) -> Iterator[Any]:
+        """A shard, mapped for as long as it is read: a mapped file cannot be replaced or deleted on Windows."""
+        try:
+            with safe_open(self.folder / file, framework="pt") as shard:
+                yield shard
+        except (OSError, SafetensorError) as error:
+            raise DatasetError(
+                f"{self.folder / file} cannot be read ({' '.join(str(error).split())}): make the dataset again into "
+                "the same folder"
+            ) from error
+
+    # -- looking at latents ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _colours(self) -> Tensor:
+        """The linear map from a latent pixel and 1 to a colour, (C+1, 3), by least squares over the dataset."""
+        moments = torch.tensor(self.manifest.moments, dtype=torch.float64)
+        own, with_colours = moments[:, :-3], moments[:, -3:]
+        return torch.linalg.lstsq(own, with_colours, driver="gelsd").solution.float()
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """Small pictures (B,3,h,w) in [0,1] of latents (B,4,h,w), without a VAE: one colour for each latent pixel."""
+        colours = self._colours.to(latents.device)
+        picture = torch.einsum("bchw,cd->bdhw", latents.float(), colours[:-1]) + rearrange(colours[-1], "d -> d 1 1")
+        return picture.clamp(0, 1)
+
+
+def stack_contexts(contexts: Sequence[Tensor]) -> Tensor:
+    """Contexts (T,C) of any lengths as one (B,T',C): each is repeated to the least common multiple of the lengths.
+
+    Attention over a context that is repeated is attention over the context.
+    """
+    length = lcm(*(len(context) for context in contexts))
+    return torch.stack([repeat(context, "t c -> (n t) c", n=length // len(context)) for context in contexts])
+
+
+class Batches:
+    """An endless sequence of batches: `batches[k]` are the items of the k-th, whatever was asked before.
+
+    In an epoch, `per_epoch` batches, every one of `items` comes once; the last batch of a bucket is filled up from that
+    bucket's beginning. Batches are of one bucket, and both items and batches are shuffled by `seed` and the epoch.
+    """
+
+    def __init__(self, dataset: Dataset, items: Sequence[int], batch_size: int, seed: int):
+        if not items or batch_size < 1:
+            raise DatasetError(f"found {len(items)} items in batches of {batch_size}: expected at least one of each")
+        buckets = defaultdict(list)
+        for index in items:
+            buckets[dataset.bucket_of(index)].append(index)
+        self._buckets = [buckets[size] for size in sorted(buckets)]
+        self._batch_size, self._seed = batch_size, seed
+        self._shuffled: tuple[int, list[list[int]]] = (-1, [])
+        self.per_epoch = sum(ceil(len(bucket) / batch_size) for bucket in self._buckets)
+
+    def __getitem__(self, k: int) -> list[int]:
+        epoch, number = divmod(k, self.per_epoch)
+        if self._shuffled[0] != epoch:
+            self._shuffled = epoch, self._epoch(epoch)
+        return list(self._shuffled[1][number])
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        draw = np.random.default_rng([self._seed, epoch])
+        batches = []
+        for bucket in self._buckets:
+            order = [bucket[i] for i in draw.permutation(len(bucket))]
+            for start in range(0, len(order), self._batch_size):
+                batches.append([order[i % len(order)] for i in range(start, start + self._batch_size)])
+        return [batches[i] for i in draw.permutation(len(batches))]

@@ -1,0 +1,71 @@
+"""Does a sample follow its hint? Held-out pictures sampled from fixed noise, and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..diffusion import guide, sample_ddim
+from .dataset import Batch
+from .options import TrainingOptions
+from .trainee import Trainee, contexts, vector
+
+Score = Callable[[Tensor, Batch], float]
+"""(sampled latents (B,4,h,w), the held-out items) -> how well the samples follow the hints; higher is better."""
+
+
+@torch.no_grad()
+def sample(
+    trainee: Trainee,
+    batch: Batch,
+    nothing: tuple[Tensor, Tensor | None],
+    alphas: Tensor,
+    options: TrainingOptions,
+) -> Tensor:
+    """Latents (B,4,h,w) for the items of `batch`, with prompt and hint, each from the noise of its place and the seed.
+
+    `nothing` is the empty prompt's context and pooled text, for the other half of guidance; the control is on both.
+    """
+    shape, device = batch.latents.shape, batch.latents.device
+    noise = torch.stack(
+        [torch.randn(shape[1:], generator=torch.Generator().manual_seed(options.seed + i)) for i in range(shape[0])]
+    ).to(device)
+    guided = options.guidance_scale != 1
+    all_of, none_of = (torch.full((shape[0],), flag, device=device) for flag in (True, False))
+    halves = [contexts(batch, empty, nothing) for empty in ([none_of, all_of] if guided else [none_of])]
+    context = torch.cat([context for context, _ in halves])
+    y = [vector(batch, pooled) for _, pooled in halves]
+    ys = None if y[0] is None else torch.cat([part for part in y if part is not None])
+    guided_hint = trainee.control.encode_hint(batch.hints).repeat(len(halves), 1, 1, 1)
+
+    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+        n = len(halves)
+        found = trainee.predict(x.repeat(n, 1, 1, 1), timesteps.repeat(n), context, guided_hint, ys).float()
+        if not guided:
+            return found
+        cond, uncond = found.chunk(2)
+        return guide(cond, uncond, options.guidance_scale)
+
+    return sample_ddim(predict, noise, alphas, options.sample_steps, options.prediction)
+
+
+def structure(samples: Tensor, batch: Batch) -> float:
+    """How far samples change where the pictures of their hints change: a mean correlation, 1 at most, 0 by chance.
+
+    Compares the size of the latents' gradients, not the latents: a hint tells where things are, the prompt what colour
+    they have. No VAE, no annotator, and any kind of hint.
+    """
+    ours, theirs = (_edges(latents) for latents in (samples, batch.latents))
+    return F.cosine_similarity(ours, theirs, dim=1).mean().item()
+
+
+def _edges(latents: Tensor) -> Tensor:
+    """The length of the gradient at each pixel, over all channels, slightly blurred: (B, n) of mean 0."""
+    x = latents.float()
+    across, down = x[..., 1:, 1:] - x[..., 1:, :-1], x[..., 1:, 1:] - x[..., :-1, 1:]
+    length = (across.square() + down.square()).sum(1, keepdim=True).sqrt()
+    length = F.avg_pool2d(length, 3, stride=1, padding=1, count_include_pad=False).flatten(1)
+    return length - length.mean(1, keepdim=True)

@@ -1,0 +1,50 @@
+"""AdamW as training uses it, the learning rate over the steps, and the average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .options import OptionsError, TrainingOptions
+
+
+def make(options: TrainingOptions, control: nn.Module, decoder: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is to be trained of the control and of the UNet, fused where torch can; 8-bit by bitsandbytes.
+
+    Its groups remember their own learning rate as `initial_lr`. Raises OptionsError where bitsandbytes is missing.
+    """
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate, "initial_lr": rate}
+        for module, rate in ((control, options.learning_rate), (decoder, options.decoder_learning_rate))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if options.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise OptionsError(
+                "optimizer adamw8bit needs the package bitsandbytes, which is not installed: install it, or choose "
+                "adamw"
+            ) from error
+        return AdamW8bit(groups, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
+
+
+def factor(options: TrainingOptions, step: int) -> float:
+    """What the learning rate is multiplied by at `step` (from 0): the warmup's line up, then the schedule."""
+    rise = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+    done = min(1.0, max(0.0, (step - options.warmup) / max(1, options.steps - options.warmup)))
+    if options.schedule == "cosine":
+        return rise * 0.5 * (1 + math.cos(math.pi * done))
+    return rise * (1 - done) if options.schedule == "linear" else rise
+
+
+@torch.no_grad()
+def average(averages: Mapping[str, Tensor], parameters: Mapping[str, Tensor], decay: float, step: int) -> None:
+    """Move the averages towards the parameters after `step` steps; early ones with less decay (Karras et al., 2022)."""
+    decay = min(decay, step / (step + 10))
+    for name, kept in averages.items():
+        kept.lerp_(parameters[name], 1 - decay)

@@ -1,0 +1,210 @@
+"""A control trained on the host's MODEL: from its objects to the core's training, and from there to a CONTROL_NET."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import folder_paths
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...controlnet_core import saving
+from ...controlnet_core.diffusion import alphas_cumprod
+from ...controlnet_core.loading import read_weights
+from ...controlnet_core.training import checkpoint, loop
+from ...controlnet_core.training.dataset import Dataset
+from ...controlnet_core.training.distributed import Process
+from ...controlnet_core.training.fidelity import structure
+from ...controlnet_core.training.manifest import DatasetError
+from ...controlnet_core.training.options import TrainingOptions
+from ...controlnet_core.training.writer import SAME_ENCODER, off_by, probe_picture
+from ...controlnet_core.unet import UNetConfig
+from . import files
+from .dataset import PLACE, encoders, folder_of
+from .models import ModelError, unet_config
+from .networks import NetworkControl
+from .save import free_path, name_parts, users_folder
+from .watching import Decoder, Watch, annotated, newest_plot, newest_sheet, summary
+from .weights import unet_weights
+
+PUBLISHED = "published.json"
+"""In a run's folder: which files in the host's folders are this run's."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained control, and its file as LoadControlNet lists it.
+
+    `plot` and `samples` are IMAGEs (1,H,W,3) of the losses and of the held-out pictures; `says` is a summary in words.
+    """
+
+    control: NetworkControl
+    name: str
+    plot: Tensor
+    samples: Tensor
+    says: str
+
+
+def train(
+    model: Any,
+    clip: Any,
+    vae: Any,
+    dataset: Dataset,
+    name: str,
+    options: TrainingOptions,
+    fidelity: str = "structure",
+    node_id: str | None = None,
+) -> Trained:
+    """Train a control for the host's MODEL in the folder `name` below the output folder's `zeroconv/training`.
+
+    A run of this name that was stopped goes on, and one that is finished is given as it is. What the model predicts is
+    read from it: `options.prediction` is not looked at. `fidelity` scores samples by "structure", or with the
+    "annotator" that made the dataset's hints. Raises ModelError, DatasetError, SaveError, OptionsError and
+    loop.TrainingStopped; on these and on Cancel all that was trained is kept in the folder.
+    """
+    parts = name_parts(name)
+    folder = folder_of("/".join(parts), "training")
+    config = trainable(model)
+    alphas, prediction = noise_schedule(model)
+    options = replace(options, prediction=prediction)
+    check_dataset(dataset, model, clip, vae)
+    decoder = Decoder(vae, model.model.latent_format)
+    score = structure if fidelity == "structure" else annotated(dataset, decoder, node_id)
+
+    comfy.model_management.unload_all_models()
+    with torch.inference_mode(False), torch.enable_grad():
+        base = unet_weights(model)
+        if not finished(folder, options, {"base": loop.fingerprint(base), "data": dataset.fingerprint}):
+            process = Process(device=comfy.model_management.get_torch_device())
+            steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
+            # Closing the steps keeps what was trained, whatever ends them.
+            with Watch(folder, dataset, options, decoder, node_id) as watch, closing(steps):  # type: ignore[type-var]
+                for progress in steps:
+                    watch.see(progress)
+        del base
+    comfy.model_management.soft_empty_cache()
+
+    published = publish(folder / "control.safetensors", users_folder(), parts)
+    says = [summary(folder), f"saved {published}"]
+    if options.unlock_decoder:
+        unet = publish(folder / "unet.safetensors", models_folder(), parts)
+        says.append(f"saved {unet}, the model with its trained decoder, for Load Diffusion Model")
+    return Trained(files.load(published), published, newest_plot(folder), newest_sheet(folder), "\n".join(says))
+
+
+# -- what can be trained on --------------------------------------------------------------------------------------------
+
+
+def trainable(model: Any) -> UNetConfig:
+    """The configuration of the MODEL's UNet; raises ModelError for one that no control can be trained on."""
+    config = unet_config(model.model, "what is trained here", None)
+    if config.in_channels != config.out_channels:
+        raise ModelError(
+            f"the model takes {config.in_channels} channels, expected {config.out_channels}: it is made for inpainting "
+            "or editing. Train on the model that it was made from; the control works on both"
+        )
+    return config
+
+
+def noise_schedule(model: Any) -> tuple[Tensor, str]:
+    """The MODEL's signal power at its 1000 timesteps, and what it predicts, "eps" or "v"; nodes on it count.
+
+    Raises ModelError for a model that is trained in another way.
+    """
+    sampling = model.get_model_object("model_sampling")
+    kinds = comfy.model_sampling
+    predictions = {
+        kinds.EPS.calculate_denoised: "eps",
+        kinds.V_PREDICTION.calculate_denoised: "v",
+    }
+    kind = type(sampling)
+    prediction = predictions.get(kind.calculate_denoised)
+    discrete = getattr(kind, "timestep", None) is kinds.ModelSamplingDiscrete.timestep
+    if prediction is None or not discrete:
+        known = ", ".join(base.__name__ for base in kind.__mro__[1:3])
+        raise ModelError(
+            f"the model is sampled by {known}: training knows models of 1000 timesteps that predict the noise or the "
+            "velocity (SD1.x, SD2.x, SDXL). Connect such a model, without a sampling node for distilled ones"
+        )
+    alphas = 1 / (sampling.sigmas.to("cpu", torch.float64, copy=True) ** 2 + 1)
+    usual = alphas_cumprod()
+    # The host keeps sigmas in fp32. Where they are SD's, its numbers to the last bit: those of a training elsewhere.
+    same = alphas.shape == usual.shape and torch.allclose(alphas, usual.double(), rtol=1e-5)
+    return (usual if same else alphas.float()), prediction
+
+
+def check_dataset(dataset: Dataset, model: Any, clip: Any, vae: Any) -> None:
+    """Raise DatasetError where the dataset was made with other encoders than these, or for another kind of model."""
+    encode_pictures, encode_prompt = encoders(vae, clip, model)
+    with torch.inference_mode(False):  # the dataset keeps it, and training reads it
+        context, _ = dataset.empty
+    picture = rearrange(torch.from_numpy(probe_picture()).float() / 255, "b h w c -> b c h w")
+    found = {
+        "clip": (encode_prompt("")[0], context),
+        "vae": (encode_pictures(picture).flatten(), torch.tensor(dataset.manifest.probe)),
+    }
+    for name, (ours, theirs) in found.items():
+        if ours.shape != theirs.shape or off_by(ours, theirs) > SAME_ENCODER:
+            raise DatasetError(
+                f"{dataset.folder} was made with another {name} than the one that is connected: connect the one that "
+                "it was made with, or make a dataset with this one"
+            )
+
+
+# -- runs that are finished, and their files ---------------------------------------------------------------------------
+
+
+def finished(folder: Path, options: TrainingOptions, facts: Mapping[str, str]) -> bool:
+    """Whether the run in `folder` has come to `options.steps`, and its control is there.
+
+    Raises OptionsError where it is another run than the options ask for.
+    """
+    saved = checkpoint.newest(folder / "checkpoints")
+    results = ["control.safetensors", *(["unet.safetensors"] if options.unlock_decoder else [])]
+    if saved is None or saved.step < options.steps or not all((folder / name).is_file() for name in results):
+        return False
+    checkpoint.check(saved, options, dict(facts))
+    _, metadata = read_weights(folder / "control.safetensors")
+    return metadata.get("trained_steps") == str(saved.step)
+
+
+def publish(file: Path, folder: Path, parts: tuple[str, ...]) -> str:
+    """Copy a run's file into a folder of the host's models, and give its name there.
+
+    A file that this run put there before is replaced, unless somebody has changed it since: nothing else is. What is
+    there already is not copied again.
+    """
+    record = file.parent / PUBLISHED
+    known: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    before = known.get(file.name)
+    path = free_path(folder, (PLACE, *parts))
+    if before is not None:
+        ours = Path(before["path"])
+        if ours.is_relative_to(folder) and (not ours.exists() or _stamp(ours) == before["stamp"]):
+            path = ours
+        if path.exists() and before["source"] == _stamp(file):
+            return str(path.relative_to(folder))
+    saving.write(path, *read_weights(file))
+    known[file.name] = {"path": str(path), "stamp": _stamp(path), "source": _stamp(file)}
+    record.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8", newline="\n")
+    return str(path.relative_to(folder))
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file is written."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def models_folder() -> Path:
+    """The folder that Load Diffusion Model reads."""
+    found = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
+    return next((folder for folder in found if folder.name == "diffusion_models"), found[0])

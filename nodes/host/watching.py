@@ -1,0 +1,212 @@
+"""What a training shows while it goes on: samples as pictures, their score, the plot, and the node's bar and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from ...annotators.compare import compare
+from ...annotators.measure import SCORES, kind_of
+from ...controlnet_core import saving
+from ...controlnet_core.loading import read_weights
+from ...controlnet_core.training.dataset import Batch, Dataset
+from ...controlnet_core.training.fidelity import Score
+from ...controlnet_core.training.log import Log, duration
+from ...controlnet_core.training.loop import Progress
+from ...controlnet_core.training.manifest import DatasetError
+from ...controlnet_core.training.options import TrainingOptions
+from ...controlnet_core.training.pictures import PictureError
+from ...controlnet_core.training.plot import plot
+from ...lab.sheet import contact_sheet
+from .dataset import annotator
+from .progress import bar, say
+
+PERIOD = 5.0
+"""Seconds from one new plot on the node to the next."""
+
+PREVIEW = 1280
+"""Pixels of the width of what the node shows while it runs, at most."""
+
+
+class Decoder:
+    """Latents as training has them become pictures by the host's VAE; the last ones are remembered."""
+
+    def __init__(self, vae: Any, latent_format: Any):
+        self._vae, self._format = vae, latent_format
+        self._last: tuple[Tensor, np.ndarray] | None = None
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """Pictures (B,8h,8w,3) in 0..1 of latents (B,4,h,w) that are scaled as the UNet sees them."""
+        if self._last is None or self._last[0] is not latents:
+            pictures = self._vae.decode(self._format.process_out(latents.cpu()))
+            self._last = latents, pictures.float().clamp(0, 1).cpu().numpy()
+            comfy.model_management.unload_all_models()  # training wants the memory
+        return self._last[1]
+
+
+def annotated(dataset: Dataset, decoder: Decoder, node_id: str | None) -> Score:
+    """The score of samples by the annotator that made the dataset's hints, with `annotators.compare`.
+
+    Raises DatasetError for hints that were given, and for those of an annotator that has no such score.
+    """
+    options = dataset.manifest.options
+    name = options["hints"]
+    measured = {known for names in SCORES.values() for known in names}
+    if name not in measured or kind_of(name) == "pose":
+        raise DatasetError(
+            f"{dataset.folder}: fidelity by annotator needs hints that an annotator with a score made, found hints "
+            f"{name}: choose fidelity structure"
+        )
+    annotate = annotator(name, options["hint_resolution"], node_id)
+
+    @torch.inference_mode()
+    def score(samples: Tensor, batch: Batch) -> float:
+        scores = []
+        for picture, hint in zip(decoder(samples), rearrange(batch.hints, "b c h w -> b h w c").cpu().numpy()):
+            try:
+                scores.append(compare(name, picture, annotate(picture), hint).score)
+            except PictureError:  # the annotator sees nothing in this one
+                scores.append(0.0)
+        return float(np.mean(scores))
+
+    return score
+
+
+class Watch:
+    """What the node and the run's folder show of a training; a context manager.
+
+    In the folder: the core's log, `options.json`, `plot.png`, and for each measurement a sheet of the held-out
+    pictures, `samples/step-<step>.png`.
+    """
+
+    def __init__(self, folder: Path, dataset: Dataset, options: TrainingOptions, decoder: Decoder, node_id: str | None):
+        self._folder, self._options, self._decoder, self._node_id = folder, options, decoder, node_id
+        held, _ = dataset.split(options.held_out if options.sample_every else 0, options.seed)
+        self._held = dataset.read(held) if held else None
+        self._move = bar(options.steps, node_id)
+        self._log: Log | None = None
+        self._drawn = 0.0
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def see(self, progress: Progress) -> None:
+        """Log a step and show it; raises when the user cancels, and LogError."""
+        if self._log is None:
+            self._log = self._open(progress.step - 1)
+        sheet = None
+        if progress.samples is not None:
+            sheet = self._keep_sheet(progress.step, progress.samples)
+        self._log.add(progress, None if sheet is None else np.asarray(sheet))
+        preview = None
+        if sheet is not None or progress.step == progress.steps or time.monotonic() - self._drawn > PERIOD:
+            self._drawn = time.monotonic()
+            preview = self._drawing(self._log, progress.converged)
+        say(self._log.describe(progress), self._node_id)
+        self._move(progress.step, preview)
+
+    def _open(self, step: int) -> Log:
+        """The log of a training that goes on after `step`, with its options beside it."""
+        facts = self._options.as_dict()
+        opened = Log.open(self._folder, step, facts)
+        text = json.dumps(facts, indent=2) + "\n"
+        (self._folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
+        return opened
+
+    def _drawing(self, log: Log, converged: int | None) -> Image.Image:
+        """The plot, kept as a file, beside the newest sheet."""
+        drawn = Image.fromarray(plot(log.losses, log.fidelity, converged))
+        drawn.save(self._folder / "plot.png")
+        shown = drawn
+        for path in sheets(self._folder)[-1:]:
+            with Image.open(path) as sheet:
+                beside = sheet.resize((round(sheet.width * drawn.height / sheet.height), drawn.height))
+            shown = Image.new("RGB", (drawn.width + beside.width, drawn.height))
+            shown.paste(drawn)
+            shown.paste(beside, (drawn.width, 0))
+        shown.thumbnail((PREVIEW, PREVIEW))
+        return shown
+
+    def _keep_sheet(self, step: int, samples: Tensor) -> Image.Image:
+        """The sheet of a measurement, kept as a file: hint, picture, the sample before training and this one."""
+        newest = self._decoder(samples)  # first: the score has decoded it just now
+        if step == 0:
+            saving.write(self._first, {"latents": samples})
+        sheet = contact_sheet({**self._constant, **({f"step {step}": newest} if step > 0 else {})})
+        sheet.save(self._folder / "samples" / f"step-{step:08d}.png")
+        return sheet
+
+    @cached_property
+    def _constant(self) -> dict[str, np.ndarray]:
+        """The columns of a sheet that stay the same."""
+        assert self._held is not None
+        hints = rearrange(self._held.hints, "b c h w -> b h w c").numpy()
+        columns = {"hint": hints, "picture": self._decoder(self._held.latents)}
+        if self._first.is_file():
+            columns["before training"] = self._decoder(read_weights(self._first)[0]["latents"])
+        return columns
+
+    @property
+    def _first(self) -> Path:
+        """The latents of the first samples, so that a run that goes on another day still shows them."""
+        return self._folder / "samples" / "first.safetensors"
+
+
+# -- what is left of a run ---------------------------------------------------------------------------------------------
+
+
+def sheets(folder: Path) -> list[Path]:
+    """The sheets of a run, from old to new."""
+    return sorted((folder / "samples").glob("step-*.png"))
+
+
+def newest_sheet(folder: Path) -> Tensor:
+    """The newest sheet of a run as an IMAGE; a small black one where nothing was held out."""
+    found = sheets(folder)
+    return _image(found[-1]) if found else torch.zeros(1, 64, 64, 3)
+
+
+def newest_plot(folder: Path) -> Tensor:
+    """The plot of a run as an IMAGE."""
+    return _image(folder / "plot.png")
+
+
+def summary(folder: Path) -> str:
+    """A run in a few words, from its log."""
+    losses, measured = _rows(folder / "losses.csv"), _rows(folder / "fidelity.csv")
+    last = losses[-1]
+    says = [
+        f"{last['step']} steps in {duration(float(last['seconds']))}, loss {float(last['smoothed']):.4f} (smoothed)"
+    ]
+    if measured:
+        before, after = (float(row["fidelity"]) for row in (measured[0], measured[-1]))
+        says.append(f"fidelity {before:.3f} before training, {after:.3f} now")
+        mark = measured[-1]["converged"]
+        says.append(f"converged at step {mark}" if mark else "no sudden convergence was seen")
+    return "\n".join(says)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _image(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)[None]

@@ -1,0 +1,439 @@
+"""TrainControlNet: the core's own training on the host's objects, and its control as a file that the host lists."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from graphs import Scene, latent, picture, prompt
+from safetensors.torch import load_file
+from torch import Tensor
+
+from zeroconv.controlnet_core.diffusion import alphas_cumprod
+from zeroconv.controlnet_core.training import checkpoint, loop
+from zeroconv.controlnet_core.training.caching import CachingOptions, make
+from zeroconv.controlnet_core.training.dataset import Dataset
+from zeroconv.controlnet_core.training.options import TrainingOptions
+from zeroconv.controlnet_core.training.sources import Item
+from zeroconv.controlnet_core.training.trainee import Trainee
+
+if TYPE_CHECKING:
+    from hosting import Host
+
+SIZE = 64
+WIDGETS: dict[str, Any] = {
+    "steps": 4,
+    "batch_size": 2,
+    "learning_rate": 1e-3,
+    "precision": "fp32",
+    "warmup": 0,
+    "gradient_checkpointing": False,
+    "sample_every": 2,
+    "held_out": 2,
+    "save_every": 100,
+}
+"""A training of seconds."""
+RARER = {"sample_steps": 1, "timesteps": "cubic"}
+OPTIONS = TrainingOptions(**WIDGETS, **RARER)
+
+KEY = "output_blocks.4.0.in_layers.2.weight"
+
+
+@pytest.fixture(scope="module")
+def model(host: Host) -> Any:
+    return _small("sd15")
+
+
+def _small(family: str) -> Any:
+    from tiny_models import tiny_model
+
+    return tiny_model(family, channel_mult=[1, 1, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def encoders(host: Host) -> dict[str, Any]:
+    """The lab's CLIP and VAE, which go with the tiny models."""
+    _, clip, vae = host.call("LoadLabModel")
+    return {"clip": clip, "vae": vae}
+
+
+@pytest.fixture(scope="module")
+def dataset(encoders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return cached(tmp_path_factory.mktemp("data") / "nine", **encoders)
+
+
+def cached(folder: Path, clip: Any, vae: Any, hints: str = "given") -> Dataset:
+    """Nine blurred pictures with blurred hints and three prompts."""
+    from zeroconv.nodes.host import dataset as host_dataset
+
+    pictures, drawn = ((picture(seed, 9, SIZE, SIZE).numpy() * 255).astype(np.uint8) for seed in (1, 2))
+    prompts = ("", "a red ball", "a blue cube")
+    items = [Item(f"{i}", pictures[i], prompts[i % 3], drawn[i]) for i in range(9)]
+
+    for _ in make(folder, items, *host_dataset.encoders(vae, clip), None, CachingOptions(SIZE, hints=hints)):
+        pass
+    return Dataset.open(folder)
+
+
+@pytest.fixture(autouse=True)
+def output(host: Host, tmp_path: Path) -> Iterator[Path]:
+    """The folder of runs, this test's own; the controls that it trains are taken away."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path / "zeroconv" / "training"
+    folder_paths.set_output_directory(before)
+    for path in (host.folder / "zeroconv").glob("*"):
+        path.unlink()
+
+
+Run = Callable[..., tuple]
+
+
+@pytest.fixture
+def run(host: Host, model: Any, encoders: dict[str, Any], dataset: Dataset) -> Run:
+    """The node's outputs for other inputs than the usual: control, plot, samples, file name."""
+
+    def call(**inputs: Any) -> tuple:
+        given = {"model": model, **encoders, "dataset": dataset, "name": "mine", "options": RARER, **WIDGETS}
+        return host.call("TrainControlNet", **{**given, **inputs})
+
+    return call
+
+
+def losses(folder: Path) -> list[str]:
+    """Step and loss of each row of the log, as they are written."""
+    rows = [row.split(",") for row in (folder / "losses.csv").read_text(encoding="utf-8").splitlines()]
+    return [f"{row[0]} {row[rows[0].index('loss')]}" for row in rows[1:]]
+
+
+def trained_by_the_core(
+    model: Any, weights: dict[str, Tensor], dataset: Dataset, folder: Path, **options: Any
+) -> list[str]:
+    """The losses of the same training without the host, as `losses` gives them."""
+    from zeroconv.nodes.host.models import unet_config
+
+    wanted = replace(OPTIONS, **options)
+    config = unet_config(model.model, "", None)
+    steps = list(loop.train(wanted, weights, config, alphas_cumprod(), dataset, folder))
+    return [f"{step.step} {step.loss!r}" for step in steps if step.loss is not None]
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone() for key, tensor in model.model.diffusion_model.state_dict().items()}
+
+
+def assert_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def cancel_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Press Cancel while this step is shown."""
+    import comfy.model_management
+
+    from zeroconv.nodes.host.watching import Watch
+
+    see = Watch.see
+
+    def seen(self: Any, progress: Any) -> None:
+        if progress.step == step:
+            comfy.model_management.interrupt_current_processing()
+        see(self, progress)
+
+    monkeypatch.setattr(Watch, "see", seen)
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------------
+
+
+def test_the_node_trains_as_the_core_does(run: Run, model: Any, dataset: Dataset, output: Path, tmp_path: Path):
+    before = weights_of(model)
+    _, plot, samples, _ = run()
+    assert losses(output / "mine") == trained_by_the_core(model, before, dataset, tmp_path / "core")
+    assert len(losses(output / "mine")) == 4
+    assert_bits(*(load_file(folder / "control.safetensors") for folder in (output / "mine", tmp_path / "core")))
+    assert_bits(weights_of(model), before)
+    assert plot.shape[0] == samples.shape[0] == 1
+    assert plot.shape[3] == samples.shape[3] == 3
+    assert samples.shape[1] > 2 * SIZE  # two rows
+    assert samples.shape[2] > 4 * SIZE  # hint, picture, sample before training, sample now
+    assert 0 <= samples.min() < 0.3 < 0.7 < samples.max() <= 1
+    kept = json.loads((output / "mine" / "options.json").read_text(encoding="utf-8"))
+    assert kept == OPTIONS.as_dict()
+
+
+def test_loras_on_the_model_are_trained_on(run: Run, model: Any, dataset: Dataset, output: Path, tmp_path: Path):
+    import comfy.model_management
+
+    plain = weights_of(model)
+    patch = torch.full_like(plain[KEY], 0.1)
+    patched = model.clone()
+    assert patched.add_patches({f"diffusion_model.{KEY}": ("diff", (patch,))}, 0.5)
+    comfy.model_management.load_models_gpu([patched])
+    run(model=patched, steps=2)
+    assert_bits(weights_of(model), plain)
+    merged = {**plain, KEY: plain[KEY] + 0.05}
+    assert losses(output / "mine") == trained_by_the_core(model, merged, dataset, tmp_path / "core", steps=2)
+    assert losses(output / "mine") != trained_by_the_core(model, plain, dataset, tmp_path / "plain", steps=2)
+
+
+def test_what_a_model_predicts_is_read_from_it(run: Run, dataset: Dataset, output: Path, tmp_path: Path):
+    velocity = _small("sd21")
+    run(model=velocity, steps=2)
+    expected = trained_by_the_core(velocity, weights_of(velocity), dataset, tmp_path / "v", steps=2, prediction="v")
+    assert losses(output / "mine") == expected
+    assert json.loads((output / "mine" / "options.json").read_text(encoding="utf-8"))["prediction"] == "v"
+
+
+@pytest.mark.parametrize(
+    ("widgets", "kind"), [({"kind": "control_lora"}, "Control-LoRA"), ({"kind": "lite"}, "ControlNet-lite")]
+)
+def test_other_kinds(run: Run, widgets: dict[str, Any], kind: str):
+    control, *_ = run(steps=2, precision="bf16", gradient_checkpointing=True, sample_every=0, **widgets)
+    assert control.loaded.control.kind == kind
+
+
+def test_an_unlocked_decoder_is_a_model_for_load_diffusion_model(
+    run: Run, host: Host, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import folder_paths
+
+    folders = [str(tmp_path / "unet"), str(tmp_path / "diffusion_models")]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", (folders, {".safetensors"}))
+    run(steps=2, sample_every=0, options={**RARER, "unlock_decoder": True, "decoder_learning_rate": 1e-3})
+    (name,) = folder_paths.get_filename_list("diffusion_models")
+    assert Path(name) == Path("zeroconv/mine.safetensors")
+    assert Path(folder_paths.get_full_path("diffusion_models", name)).is_relative_to(folders[1])
+    written, base = load_file(Path(folders[1]) / name), weights_of(model)
+    assert written.keys() == {f"model.diffusion_model.{key}" for key in base}
+    moved = {key for key in base if not torch.equal(written[f"model.diffusion_model.{key}"], base[key])}
+    assert moved
+    assert all(key.startswith(("output_blocks.", "out.")) for key in moved)
+
+
+# -- its control -------------------------------------------------------------------------------------------------------
+
+
+def test_the_control_is_the_file_that_the_host_lists(run: Run, host: Host, model: Any, output: Path):
+    import folder_paths
+
+    control, _, _, name = run()
+    assert name in folder_paths.get_filename_list("controlnet")
+    assert Path(name) == Path("zeroconv/mine.safetensors")
+    file = load_file(host.folder / name)
+    assert_bits(file, load_file(output / "mine" / "control.safetensors"))
+    assert_bits({key: t.cpu() for key, t in control.loaded.control.state_dict().items()}, file)
+    (loaded,) = host.call("LoadControlNet", control_net_name=name)
+    assert loaded.loaded is control.loaded
+    latents = []
+    for net in (control, None):
+        applied = model if net is None else host.call("ApplyControl", model=model, control_net=net, image=picture(1))[0]
+        latents.append(host.sample(Scene(applied, prompt(1), prompt(2)), latent_image=latent()).latent)
+    assert (latents[0] - latents[1]).abs().max() > 1e-4
+
+
+def test_a_run_replaces_its_own_file_and_no_other(run: Run, host: Host):
+    file = host.folder / "zeroconv" / "mine.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"the user's")
+    *_, name = run(steps=1, sample_every=0)
+    assert Path(name) == Path("zeroconv/mine_2.safetensors")
+    ours = file.with_name("mine_2.safetensors")
+    first = ours.read_bytes()
+    *_, name = run(steps=2, sample_every=0)
+    assert Path(name).name == "mine_2.safetensors"
+    assert ours.read_bytes() != first
+    ours.write_bytes(b"the user's now")
+    *_, name = run(steps=3, sample_every=0)
+    assert Path(name).name == "mine_3.safetensors"
+    assert file.read_bytes() == b"the user's"
+    assert ours.read_bytes() == b"the user's now"
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "mine.safetensors", "mine_2.safetensors", "mine_3.safetensors"
+    ]  # fmt: skip
+
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+
+def test_cancel_keeps_everything_and_the_next_queue_goes_on(
+    run: Run, model: Any, dataset: Dataset, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import comfy.model_management
+
+    before = weights_of(model)
+    with monkeypatch.context() as patch:
+        cancel_after(patch, 3)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(steps=6)
+    assert [path.name for path in checkpoint.files(output / "mine" / "checkpoints")] == ["step-00000003.safetensors"]
+    gc.collect()
+    assert not any(isinstance(thing, Trainee) for thing in gc.get_objects())
+    assert_bits(weights_of(model), before)
+    assert not (output / "mine" / "control.safetensors").exists()
+    _, _, samples, _ = run(steps=6)
+    assert losses(output / "mine") == trained_by_the_core(model, before, dataset, tmp_path / "core", steps=6)
+    assert_bits(*(load_file(folder / "control.safetensors") for folder in (output / "mine", tmp_path / "core")))
+    assert samples.shape[2] > 4 * SIZE  # the sample before training is still there
+
+
+def test_a_finished_run_is_given_as_it_is_and_goes_on_with_more_steps(
+    run: Run, model: Any, dataset: Dataset, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _, plot, samples, name = run()
+    written = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+
+    def again(*_: Any) -> None:
+        raise AssertionError("it is trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", again)
+        control, *same = run()
+        assert torch.equal(same[0], plot)
+        assert torch.equal(same[1], samples)
+        assert same[2] == name
+        assert control.name == name
+        assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == written
+        with pytest.raises(AssertionError, match="trained again"):
+            run(steps=6)
+        with pytest.raises(Exception, match="this run began with seed 0, found 1"):
+            run(seed=1)
+    run(steps=6)
+    assert losses(output / "mine") == trained_by_the_core(model, weights_of(model), dataset, tmp_path / "a", steps=6)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_other_encoders_than_the_datasets_are_refused(run: Run, encoders: dict[str, Any], output: Path):
+    class Clip:
+        def tokenize(self, text: str) -> Any:
+            return encoders["clip"].tokenize(text)
+
+        def encode_from_tokens(self, tokens: Any, **options: Any) -> Any:
+            context, pooled = encoders["clip"].encode_from_tokens(tokens, **options)
+            return context.flip(-1), pooled
+
+    class Vae:
+        def encode(self, pictures: Tensor) -> Tensor:
+            return encoders["vae"].encode(pictures).flip(1)
+
+    for name, other in (("clip", Clip()), ("vae", Vae())):
+        with pytest.raises(Exception, match=f"nine was made with another {name} than the one that is connected"):
+            run(**{name: other})
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/../../b", "con", "a:b"])
+def test_names_that_are_no_files_are_refused(run: Run, name: str, output: Path):
+    with pytest.raises(Exception, match="expected names with / between them"):
+        run(name=name)
+    assert not output.exists()
+
+
+def test_models_that_are_trained_in_another_way_are_refused(run: Run, host: Host, model: Any, output: Path):
+    from comfy_extras import nodes_model_advanced as advanced
+
+    (lcm,) = advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
+    (edm,) = advanced.ModelSamplingContinuousEDM().patch(model, "edm_playground_v2.5", 120.0, 0.002)
+    for other, words in ((lcm, "ModelSamplingDiscreteDistilled, LCM"), (edm, "ModelSamplingContinuousEDM, EDM")):
+        with pytest.raises(
+            Exception, match=f"the model is sampled by {words}: training knows models of 1000 timesteps"
+        ):
+            run(model=other)
+    flux = model.clone()
+    flux.model = type("Flux", (), {"model_config": type("Flux", (), {"unet_config": {"image_model": "flux"}})()})()
+    with pytest.raises(Exception, match="what is trained here is a ControlNet of the SD UNet, the model is Flux"):
+        host.ours["TrainControlNet"].execute(flux, None, None, None, "mine", "structure")
+    assert not output.exists()
+
+
+def test_the_noise_schedule_is_the_models_own(host: Host, model: Any):
+    from comfy_extras import nodes_model_advanced as advanced
+
+    from zeroconv.nodes.host.training import noise_schedule
+
+    alphas, prediction = noise_schedule(model)
+    assert torch.equal(alphas, alphas_cumprod())
+    assert prediction == "eps"
+    (velocity,) = advanced.ModelSamplingDiscrete().patch(model, "v_prediction", True)
+    alphas, prediction = noise_schedule(velocity)
+    assert prediction == "v"
+    assert alphas.shape == (1000,)
+    assert alphas[0].item() == pytest.approx(alphas_cumprod()[0].item(), rel=1e-4)
+    assert alphas[-1].item() == pytest.approx(4.8973451890853435e-08, rel=1e-3)
+
+
+def test_options_that_do_not_go_together_are_refused_where_they_are_made(host: Host):
+    (options,) = host.call("TrainingOptions", timesteps="cubic")
+    assert options["timesteps"] == "cubic"
+    assert TrainingOptions(**options) == TrainingOptions(timesteps="cubic")
+    with pytest.raises(Exception, match="middle_only is for little compute, unlock_decoder for much"):
+        host.call("TrainingOptions", middle_only=True, unlock_decoder=True)
+
+
+# -- watching it -------------------------------------------------------------------------------------------------------
+
+
+def test_the_annotator_scores_samples_by_their_own_hints(
+    run: Run, encoders: dict[str, Any], output: Path, tmp_path: Path
+):
+    from zeroconv.annotators.canny import canny
+    from zeroconv.annotators.compare import compare
+
+    made = cached(tmp_path / "made", **encoders, hints="canny")
+    run(dataset=made, fidelity="annotator", steps=2)
+    held, _ = made.split(2, 0)
+    hints = made.read(held).hints.movedim(1, -1).numpy()
+    first = load_file(output / "mine" / "samples" / "first.safetensors")["latents"]
+    pictures = encoders["vae"].decode(first / 0.18215).clamp(0, 1).numpy()
+    expected = np.mean([compare("canny", p, canny(p), hint).score for p, hint in zip(pictures, hints)])
+    rows = (output / "mine" / "fidelity.csv").read_text(encoding="utf-8").splitlines()
+    assert float(rows[1].split(",")[1]) == pytest.approx(expected)
+
+
+def test_given_hints_have_no_annotator(run: Run, output: Path):
+    with pytest.raises(Exception, match="found hints given: choose fidelity structure"):
+        run(fidelity="annotator")
+    assert not output.exists()
+
+
+def test_the_node_shows_plot_and_samples_while_it_runs(run: Run, monkeypatch: pytest.MonkeyPatch):
+    import comfy.utils
+
+    from zeroconv.nodes.host import watching
+
+    shown: list[tuple[int, int, Any]] = []
+    said: list[str] = []
+
+    def hook(value: int, total: int, preview: Any, **_: Any) -> None:
+        shown.append((value, total, preview))
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    monkeypatch.setattr(watching, "say", lambda text, _: said.append(text))
+    run(name="shown")
+    bars = [(value, total) for value, total, _ in shown if total == 4]
+    assert bars == [(step, 4) for step in range(5)]
+    previews = [preview for _, total, preview in shown if total == 4 and preview is not None]
+    assert len(previews) >= 3  # at each measurement
+    kind, drawn, _ = previews[-1]
+    assert kind == "JPEG"
+    assert drawn.width <= 1280
+    assert said[-1].startswith("step 4/4 | loss ")
+
+
+def test_without_samples_there_is_a_plot_alone(run: Run, output: Path):
+    _, plot, samples, _ = run(sample_every=0, steps=1)
+    assert plot.shape[1] > 200
+    assert samples.shape == (1, 64, 64, 3)
+    assert not samples.any()
+    assert not (output / "mine" / "samples").exists()
