@@ -69,9 +69,9 @@ class Setting:
 
     def __str__(self) -> str:
         return (
-            f"SD1.5 layout, {self.width} channels (published: {SD15.model_channels}; VAE and text encoder reduced as to "
-            f"{self.encoders}), {self.resolution}x{self.resolution}, batch {self.batch}, {self.precision}, gradient "
-            f"checkpointing {'on' if self.checkpointing else 'off'}"
+            f"SD1.5 at {self.width} channels of {SD15.model_channels} (VAE and text encoder as at {self.encoders}), "
+            f"{self.resolution}x{self.resolution}, batch {self.batch}, {self.precision},\ngradient checkpointing "
+            f"{'on' if self.checkpointing else 'off'}"
         )
 
 
@@ -203,9 +203,10 @@ SIDES = {"ours, cached": ours, "diffusers": encoding, "diffusers, cached": cache
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds for each step, and the most bytes in use since the first round."""
+    """Seconds for each step, those of them that processors worked, and the most bytes in use since the first round."""
 
     seconds: float
+    work: float
     memory: int
 
 
@@ -225,11 +226,12 @@ def work(connection: Connection, side: str, setting: Setting, folder: Path) -> N
     while True:
         count = connection.recv()
         synchronize(setting.device)
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         for _ in range(count):
             next(steps)
         synchronize(setting.device)
-        connection.send(Round((time.perf_counter() - start) / count, peak(setting.device) - before))
+        seconds, work = (time.perf_counter() - start) / count, (time.process_time() - worked) / count
+        connection.send(Round(seconds, work, peak(setting.device) - before))
 
 
 class Worker:
@@ -317,24 +319,27 @@ def synchronize(device: str) -> None:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def table(found: dict[str, list[Round]]) -> str:
-    """A line for each side: medians, and how many times faster and smaller ours is in the same round."""
+def table(found: dict[str, list[Round]], device: str) -> str:
+    """A line for each side: medians, and ours beside it: how many times faster, and what share of the memory."""
     first, *_ = found
-    lines = [f"{'':<18} | {'steps/s':>8} {'ours is faster':>26} | {'MiB':>8} {'ours takes':>26}"]
+    head = f"{'':<17} | {'steps/s':>7} {'ours is faster':>21} {'by processor time':>21}"
+    lines = [f"{head} | {'MiB':>7} {'ours takes':>21}"]
     for side, rounds in found.items():
-        speed = [theirs.seconds / mine.seconds for mine, theirs in zip(found[first], rounds)]
-        memory = [mine.memory / theirs.memory for mine, theirs in zip(found[first], rounds) if theirs.memory]
-        cells = ["", ""] if side == first else [_spread(speed, "x"), _spread(memory, "")]
-        seconds, size = median(each.seconds for each in rounds), median(each.memory for each in rounds)
-        size = f"{size / 2**20:.0f}" if size else "-"
-        lines.append(f"{side:<18} | {1 / seconds:8.3f} {cells[0]:>26} | {size:>8} {cells[1]:>26}")
+        pairs = list(zip(found[first], rounds))
+        faster = _spread([theirs.seconds / mine.seconds for mine, theirs in pairs])
+        # What other programs do on the machine hardly changes this one; on a GPU it says nothing.
+        by_work = _spread([theirs.work / mine.work for mine, theirs in pairs]) if device == "cpu" else "-"
+        smaller = _spread([mine.memory / theirs.memory for mine, theirs in pairs]) if rounds[0].memory else "-"
+        if side == first:
+            faster = by_work = smaller = ""
+        speed, size = 1 / median(each.seconds for each in rounds), median(each.memory for each in rounds) / 2**20
+        line = f"{side:<17} | {speed:7.3f} {faster:>21} {by_work:>21} | {size:7.0f} {smaller:>21}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-def _spread(ratios: list[float], unit: str) -> str:
-    if not ratios:
-        return "-"
-    return f"{median(ratios):.2f}{unit} ({min(ratios):.2f} to {max(ratios):.2f})"
+def _spread(ratios: list[float]) -> str:
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def machine(device: str) -> str:
@@ -371,5 +376,5 @@ def main(arguments: list[str]) -> int:
     for checkpointing in {"off": (False,), "on": (True,), "both": (False, True)}[given.checkpointing]:
         chosen = replace(setting, checkpointing=checkpointing)
         print(f"\n{chosen}")
-        print(table(measure(chosen, given.steps, given.rounds)), flush=True)
+        print(table(measure(chosen, given.steps, given.rounds), given.device), flush=True)
     return 0

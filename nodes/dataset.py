@@ -141,6 +141,7 @@ class LabScenes(io.ComfyNode):
                     default=0,
                     min=0,
                     max=HELD_OUT - 1,
+                    control_after_generate=False,  # the page would draw another one after each run
                     tooltip="Of the first scene; the next has the next seed.",
                 ),
                 io.Combo.Input("hint", options=list(HINTS), default="depth"),

@@ -132,5 +132,7 @@ def _widget(name: str) -> Any:
         return io.Boolean.Input(name, **said)
     low, high = training.RANGES[name]
     if isinstance(default, int):
+        if name == "seed":
+            said["control_after_generate"] = False  # the page would draw another one after each run
         return io.Int.Input(name, min=int(low), max=MOST if high == float("inf") else int(high), **said)
     return io.Float.Input(name, min=float(low), max=min(float(high), 1000.0), step=STEPS[name], **said)

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from zeroconv.devtools.comfyui import HostServer
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
-LAB = ("canny", "compare", "depth_pose", "dosing", "make_control")  # run on a fresh install, with nothing downloaded
+LAB = (
+    "canny",
+    "compare",
+    "depth_pose",
+    "dosing",
+    "make_control",
+    "train_control",
+)  # run on a fresh install, with nothing downloaded
 NAMES = (*LAB, "sd15_depth_pose", "sdxl_union")
 NOTES = {"MarkdownNote"}  # live in the front end alone
 GAP = 80  # pixels; nodes of the newer front end are larger than the canvas draws them
@@ -373,3 +380,28 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_new_control_changes_no_pixel(paint: Paint):
     pictures = paint("make_control")
     np.testing.assert_array_equal(pictures["with the new control"], pictures["without control"])
+
+
+@pytest.mark.host
+@pytest.mark.weights
+def test_train_control_trains_and_applies_what_it_trained(host_server: HostServer):
+    graph = read_api("train_control")
+    (trainer,) = of_class(graph, "TrainControlNet")
+    assert trainer["inputs"]["model"] == [
+        next(i for i, node in graph.items() if node["class_type"] == "LoadLabModel"),
+        0,
+    ]
+    (apply,) = of_class(graph, "ApplyControl")
+    assert graph[apply["inputs"]["control_net"][0]] is trainer  # straight from the training
+    (scenes,) = of_class(graph, "LabScenes")
+    scenes["inputs"].update(count=12, name="few")  # the same graph, in seconds
+    trainer["inputs"].update(name="few", steps=2, batch_size=2, sample_every=1)
+    (data,) = of_class(graph, "MakeControlDataset")
+    data["inputs"].update(name="few")
+    shown = host_server.images(host_server.run(graph))
+    titles = {graph[i]["_meta"]["title"]: pictures for i, pictures in shown.items()}
+    assert {"loss and fidelity", "held-out pictures", "depth hint", "with the control trained here"} <= set(titles)
+    with Image.open(io.BytesIO(titles["with the control trained here"][0])) as picture:
+        assert picture.size == (128, 128)
+    listed = host_server.get("/object_info/LoadControlNet")["LoadControlNet"]["input"]["required"]["control_net_name"]
+    assert any(name.replace("\\", "/") == "zeroconv/few.safetensors" for name in listed[1]["options"])

@@ -59,7 +59,8 @@ def make(
     writer = Writer(folder, encode_pictures, encode_prompt, options)
     stamps, skipped = _stamps(items)
     before = writer.keep_only(stamps)
-    groups, unreadable = _groups([item for item in items if item.name in stamps.keys() - before], options.resolution)
+    new = stamps.keys() - before
+    groups, unreadable = _groups([item for item in items if item.name in new], options.resolution)
     skipped += unreadable
     todo = [item for group in groups for item, _ in group]
     prompts = writer.unknown(item.prompt for item in todo)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..keys import Weights
 from ..loading import LoadError, read_weights
@@ -52,7 +52,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def clean(folder: Path) -> None:
     """Remove the temporary files that a process left in `folder` when it was killed while it wrote."""
-    for left in folder.glob(".*.safetensors.*.tmp"):
+    for left in folder.glob(".*.*.*.tmp"):  # .NAME.SUFFIX.UNIQUE.tmp, as `saving.write` and the log call them
         left.unlink(missing_ok=True)
 
 

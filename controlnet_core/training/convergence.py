@@ -14,12 +14,15 @@ LEVEL = 3
 """Measurements on the new level, the first on it included, before a jump counts."""
 FEWEST = 6
 """Measurements before which there is too little to tell a jump from noise."""
-QUIET = 1.5
-"""A rise is sudden when it takes at most this many times as long as the quiet before it, or one measurement more."""
-NOISES = 4.0
+SLOW = 3.0
+"""A rise that takes no longer than the time until its first higher score is sudden; this many times that, slow.
+
+What lies between is neither: it is too like a sudden one to be a reason against it.
+"""
+NOISES = 4.5
 """Standard deviations of the noise that a jump is high at least; more where the noise is known from few scores."""
 EVIDENCE = 8.0
-"""Twice the logarithm of how much likelier a sudden rise makes the scores than any other curve; at least."""
+"""Twice the logarithm of how much likelier a sudden rise makes the scores than the others do; at least."""
 OUTLIER = 4.0
 """Standard deviations of the noise beyond both neighbours from which on a single score is taken for an outlier."""
 
@@ -36,10 +39,10 @@ def sudden_convergence(steps: Sequence[int], scores: Sequence[float], least: flo
     are left out. The mark is the first of these steps whose score is at or beyond half of the jump.
 
     It is a change-point test, repeated for each beginning of the curve: of all curves that are level, rise in a
-    straight line and are level again, the one that fits best must rise suddenly (`QUIET`), have come to its new level
-    (`LEVEL`) and be much likelier than every other curve: none, a rise that is still going on, a slow one
-    (`EVIDENCE`). It must be `least` high, in units of the scores, and stand clear of the noise (`NOISES`), which is
-    measured on the same curve once single outliers are taken out. Nothing else depends on the scale of the scores.
+    straight line and are level again, the best of those that rise suddenly and have come to their new level (`LEVEL`)
+    must be much likelier than no rise, a slow one (`SLOW`) and one that is still going on (`EVIDENCE`). It must be
+    `least` high, in units of the scores, and stand clear of the noise (`NOISES`), which is measured on the same curve
+    once single outliers are taken out. Nothing else depends on the scale of the scores.
 
     So a mark never moves: adding measurements changes None into a step, and no step into anything else. It comes
     `LEVEL` - 1 measurements after the rise has ended, later in noise, and after `FEWEST` measurements at the
@@ -66,9 +69,10 @@ def _jump(x: np.ndarray, y: np.ndarray, least: float) -> int | None:
     count = len(y)
     first, last = _ramps(count)
     fits = _fits(x, y, first, last)
-    length, interval = x[last] - x[first], x[first + 1] - x[first]
-    sudden = (length <= QUIET * x[first] + interval) & (last <= count - LEVEL)
-    wanted = sudden & (fits.height >= least)
+    # The quiet ends with the first measurement that is higher; a rise of one measurement is the shortest to be seen.
+    length, quiet = x[last] - x[first], x[first + 1]
+    wanted = (length <= quiet) & (last <= count - LEVEL) & (fits.height >= least)
+    against = (length > SLOW * quiet) | (last == count - 1)
     if not wanted.any():
         return None
     best = int(np.argmin(np.where(wanted, fits.unexplained, np.inf)))
@@ -79,10 +83,12 @@ def _jump(x: np.ndarray, y: np.ndarray, least: float) -> int | None:
     freedom = count - 4  # two levels, a beginning and an end are fitted
     if height < NOISES * (1 + 3 / freedom) * (error / freedom) ** 0.5:
         return None
-    other = min(((y - y.mean()) ** 2).sum(), fits.unexplained[~sudden].min()) + floor
+    other = min(((y - y.mean()) ** 2).sum(), fits.unexplained[against].min()) + floor
     if (count - 2) * log(other / error) < EVIDENCE:  # every curve has its two levels
         return None
     half = fits.low[best] + height / 2
+    if (y[-LEVEL:] < half).any():  # two outliers side by side, and then the old level again
+        return None
     return int(first[best] + 1 + np.argmax(y[first[best] + 1 :] >= half))
 
 

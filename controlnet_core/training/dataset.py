@@ -186,10 +186,14 @@ class Dataset:
     def _contexts(self, prompts: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """Context and pooled embedding of each prompt, fp32."""
         found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        by_file = defaultdict(list)
         for prompt in sorted(set(prompts)):
-            with self._mapped(self._file_of(prompt)) as file:
-                pooled = file.get_tensor(f"pooled.{prompt}").float() if self.has_pooled else None
-                found[prompt] = file.get_tensor(f"context.{prompt}").float(), pooled
+            by_file[self._file_of(prompt)].append(prompt)
+        for name, own in by_file.items():
+            with self._mapped(name) as file:
+                for prompt in own:
+                    pooled = file.get_tensor(f"pooled.{prompt}").float() if self.has_pooled else None
+                    found[prompt] = file.get_tensor(f"context.{prompt}").float(), pooled
         return [found[prompt] for prompt in prompts]
 
     @property

@@ -83,7 +83,9 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Process]:
         return
     fast = process.device.type == "cuda" and dist.is_nccl_available()
     try:
-        dist.init_process_group("nccl" if fast else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "nccl" if fast else "gloo", rank=process.rank, world_size=process.world, timeout=PATIENCE
+        )
         yield process
     except (RuntimeError, ValueError) as error:
         # gloo has no class of its own; init_process_group answers a missing address with a ValueError.

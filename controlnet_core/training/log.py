@@ -17,7 +17,6 @@ from .convergence import Average
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from .loop import Progress
 
@@ -81,8 +80,8 @@ class Log:
         if self._events is not None:
             self._events.close()
 
-    def add(self, progress: Progress, pictures: Tensor | np.ndarray | None = None) -> None:
-        """Log what `train` yields; `pictures` (B,3,H,W), or one (H,W,3), uint8 or in 0..1, are what TensorBoard shows.
+    def add(self, progress: Progress, picture: np.ndarray | None = None) -> None:
+        """Log what `train` yields; `picture` (H,W,3) uint8 shows its samples, for TensorBoard.
 
         Raises LogError when the disk is full, and for a step that does not follow the last one.
         """
@@ -103,9 +102,8 @@ class Log:
             if self._events is not None:
                 for name, value in scalars.items():
                     self._events.add_scalar(name, value, step)
-                if pictures is not None:
-                    layout = "NCHW" if pictures.ndim == 4 else "HWC"
-                    self._events.add_images("samples", pictures, step, dataformats=layout)
+                if picture is not None:
+                    self._events.add_image("samples", picture, step, dataformats="HWC")
         except OSError as error:
             raise LogError(_failure(self._losses.path.parent, error)) from error
 

@@ -89,7 +89,7 @@ def train(
     trainee = build(options, base, config, dataset.hint_channels)
     try:
         trainee = trainee.to(device)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise TrainingStopped(
             f"the networks alone do not fit into the memory of {device}. Free what else is there, or choose kind "
             "control_lora."
@@ -108,6 +108,8 @@ def train(
         trainee if process.world == 1 else DistributedDataParallel(trainee, gradient_as_bucket_view=True)
     )
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     step, seconds, measured = 0, 0.0, []
     facts: dict[str, Any] = {"base": fingerprint(base), "data": dataset.fingerprint}
     checkpoints = folder / "checkpoints"
@@ -134,6 +136,8 @@ def train(
     if saved is not None and averages:  # where it is new, it begins from here
         for name, tensor in saved.part("average.").items():
             averages[name].copy_(tensor)
+
+    mark = _mark(measured)
 
     def one_pass(number: int) -> Tensor:
         """The loss of this process's part of pass `number`."""
@@ -162,12 +166,14 @@ def train(
             raise TrainingStopped(f"step {step} cannot be kept: {error}. {_kept(checkpoints)}") from error
 
     def progress(loss: float | None = None, norm: float | None = None) -> Progress:
+        nonlocal mark
         fidelity, samples = None, None
         if due(options, step) and held and (loss is not None or step == 0):
             with mixed:
                 samples = sample(trainee, moved(dataset.read(held), device), nothing, alphas, options)
             fidelity = score(samples, dataset.read(held))
             measured.append((step, fidelity))
+            mark = _mark(measured)
         return Progress(
             step,
             options.steps,
@@ -178,7 +184,7 @@ def train(
             step * options.batch_size * options.accumulation,
             fidelity,
             samples,
-            _mark(measured),
+            mark,
             torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
 
@@ -212,7 +218,12 @@ def train(
             if averages:
                 optimizer.average(averages, trained, options.ema, step)
             seconds += time.monotonic() - started
-            yield progress(value, norm)
+            try:
+                report = progress(value, norm)
+            except BaseException:  # sampling or its score failed or was cancelled; the step itself is sound
+                keep()
+                raise
+            yield report
             # After the caller has seen the step: what a checkpoint holds is in the caller's log as well.
             if step % options.save_every == 0 or step == options.steps:
                 keep()
@@ -221,7 +232,7 @@ def train(
         if kept < step:
             keep()
         raise
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if not _out_of_memory(error):
             raise
         raise TrainingStopped(
@@ -290,7 +301,7 @@ def advice(options: TrainingOptions) -> str:
 
 def _out_of_memory(error: Exception) -> bool:
     words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in words or "out of memory" in words
+    return "can't allocate memory" in words or "out of memory" in words
 
 
 def _kept(checkpoints: Path) -> str:

@@ -67,10 +67,11 @@ class Crop:
 
     def of(self, picture: Image.Image, how: Image.Resampling) -> np.ndarray:
         """This part of `picture`, (H,W,3) uint8; a picture of another size is cut at the same place of it."""
-        parts = [size / (self.scale * full) for size, full in zip(self.size, self.full)]  # of each side, at most 1
-        low = [(1 - part) / 2 * side for part, side in zip(parts, picture.size)]
-        high = [min(start + part * side, side) for start, part, side in zip(low, parts, picture.size)]
-        return np.array(picture.resize(self.size, how, box=(max(0, low[0]), max(0, low[1]), *high)))
+        parts = (side / (self.scale * own) for side, own in zip(self.size, self.full))  # of each side, at most 1
+        (left, right), (top, bottom) = (
+            ((1 - part) / 2 * side, min((1 + part) / 2 * side, side)) for part, side in zip(parts, picture.size)
+        )
+        return np.array(picture.resize(self.size, how, box=(max(0, left), max(0, top), right, bottom)))
 
 
 def read(source: Path | np.ndarray) -> Image.Image:

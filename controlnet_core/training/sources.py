@@ -44,7 +44,7 @@ class Item:
 
         Raises OSError for a file that is not there.
         """
-        found = blake2b(self.prompt.encode(), digest_size=8)
+        found = blake2b(self.prompt.encode("utf-8", "replace"), digest_size=8)
         for source in (self.picture, self.hint):
             if isinstance(source, Path):
                 facts = source.stat()
@@ -146,16 +146,28 @@ def _from_record(folder: Path, beside: Path, record: Any, where: str) -> Item | 
     picture = _file(beside, values["picture"])
     hint = _file(beside, values["hint"]) if values["hint"] else None
     for path in (picture, hint):
-        if path is not None and not path.is_file():
+        if path is not None and not _is_there(path):
             return Skipped(where, f"there is no file {path}")
     name = picture.relative_to(folder).as_posix() if picture.is_relative_to(folder) else picture.as_posix()
-    return Item(name, picture, values["prompt"].strip(), hint)
+    return Item(name, picture, _one_line(values["prompt"]), hint)
+
+
+def _one_line(prompt: str) -> str:
+    """The prompt without line breaks, and without halves of letters, which JSON may hold and no tokenizer takes."""
+    return " ".join(prompt.encode("utf-8", "replace").decode().split())
 
 
 def _file(beside: Path, name: str) -> Path:
     """The file of that name below the list; lists written on Windows have backslashes."""
     path = beside / name
-    return path if path.is_file() else beside / name.replace("\\", "/")
+    return path if _is_there(path) else beside / name.replace("\\", "/")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no system has room for, a folder that is closed to us
+        return False
 
 
 def _json_lines(file: Path) -> Iterator[Any]:
@@ -191,11 +203,11 @@ def _captioned(folder: Path, files: list[Path]) -> Found:
     for path in pictures:
         name, caption = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
         try:
-            prompt = caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else ""
+            prompt = caption.read_text(encoding="utf-8-sig") if caption.is_file() else ""
         except (OSError, UnicodeDecodeError) as error:
             yield Skipped(name, f"{caption.name} cannot be read ({error}): save it as UTF-8 text")
             continue
-        yield Item(name, path, " ".join(prompt.split()), hints.pop(_pair(folder, path), None))
+        yield Item(name, path, _one_line(prompt), hints.pop(_pair(folder, path), None))
     for path in hints.values():
         yield Skipped(path.relative_to(folder).as_posix(), "a hint without picture: expected one of the same name")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..keys import times
 from ..saving import write
-from .manifest import DatasetError, Entry, Manifest, PromptFile, Shard, damage, read_manifest, write_manifest
+from .manifest import NAME, DatasetError, Entry, Manifest, PromptFile, Shard, damage, read_manifest, write_manifest
 from .pictures import Crop
 from .sources import Item, Skipped
 
@@ -30,6 +30,9 @@ FULL = 64 << 20
 
 MOST = 1024
 """Items of a shard."""
+
+MOST_PROMPTS = 256
+"""Prompts of a file: whoever reads one of them reads the names of all."""
 
 SAME_ENCODER = 0.05
 """Latents or contexts that differ by more than this, relative to their size, are another encoder's. The same one
@@ -86,8 +89,9 @@ class Writer:
         self._rows: list[Row] = []
         self._texts: dict[str, tuple[Tensor, Tensor | None]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        for kind in ("shard-", "prompts-", NAME):
+            for left in folder.glob(f".{kind}*.tmp"):
+                left.unlink(missing_ok=True)  # of a run that was killed while it wrote
         probe, (context, pooled) = self._latents(probe_picture())[0], encode_prompt("")
         fixed = {
             "resolution": options.resolution,
@@ -167,7 +171,7 @@ class Writer:
         """Encode a prompt that is not known yet."""
         self._texts[prompt] = self._encode_prompt(prompt)
         self._numbers[prompt] = len(self._numbers)
-        if sum(context.numel() for context, _ in self._texts.values()) * 2 >= FULL:
+        if len(self._texts) >= min(MOST_PROMPTS, FULL / (2 * self._texts[prompt][0].numel())):
             self.flush_prompts()
 
     def flush_prompts(self) -> None:
@@ -240,7 +244,8 @@ class Writer:
             tensors["hints"] = hints[:, :1]
         file = _next("shard", self._manifest.shards)
         size = self._write(file, tensors)
-        shard = Shard(file, size, *hints.shape[-2:], tuple(row.entry for row in rows))
+        height, width = hints.shape[-2:]
+        shard = Shard(file, size, height, width, tuple(row.entry for row in rows))
         moments = tuple(map(tuple, self._moments.tolist()))
         self._manifest = replace(self._manifest, moments=moments, shards=(*self._manifest.shards, shard))
         write_manifest(self._folder, self._manifest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..sheet import contact_sheet
 from . import runs
 from .claim import Findings, Work, table
@@ -16,9 +18,14 @@ def measure(work: Work) -> Findings:
     steps, scores = runs.curve(work, "zero")
     mark = runs.converged(work, "zero")
     title = runs.RUNS["zero"].title
-    plot = draw({title: (steps, scores)}, {title: mark}, runs.losses(work, "zero"))
-    rows = [[f"{step}{' (converged)' if step == mark else ''}", score] for step, score in zip(steps, scores)]
+    losses = runs.losses(work, "zero")
+    plot = draw({title: (steps, scores)}, {title: mark}, losses)
     chosen = around(steps, mark)
+    rows = [
+        [f"{step}{' (converged)' if step == mark else ''}", score, mean_loss(*losses, step)]
+        for step, score in zip(steps, scores, strict=True)
+        if step in chosen or step % 100 == 0
+    ]
     scenes = runs.watched()
     columns = {"hint": shown(scenes.hints[runs.HINT], SHOWN), "render": shown(scenes.images, SHOWN)}
     for step in chosen:
@@ -26,7 +33,15 @@ def measure(work: Work) -> Findings:
         if pictures is not None:
             columns[f"step {step}"] = pictures[:SHOWN]
     sheet = contact_sheet(columns)
-    return Findings(table(["step", "fidelity"], rows, 3), {"convergence": plot, "convergence_samples": sheet})
+    return Findings(
+        table(["step", "fidelity", "mean loss around it"], rows, 3), {"convergence": plot, "convergence_samples": sheet}
+    )
+
+
+def mean_loss(steps: Sequence[int], losses: Sequence[float], step: int, reach: int = 25) -> float:
+    """The mean of the losses of at most `reach` steps to either side."""
+    near = [loss for at, loss in zip(steps, losses, strict=True) if abs(at - step) <= reach]
+    return sum(near) / len(near)
 
 
 def around(steps: list[int], mark: int | None, count: int = 7) -> list[int]:

@@ -122,8 +122,9 @@ def _running(size: Size) -> Iterator[list[Connection]]:
         for (_, theirs), side in zip(pairs, SIDES, strict=True)
     ]
     try:
-        for process in processes:
+        for process, (_, theirs) in zip(processes, pairs, strict=True):
             process.start()
+            theirs.close()  # so that a process that died is noticed
         yield [ours for ours, _ in pairs]
     finally:
         for process in processes:
@@ -142,13 +143,16 @@ def _serve(asked: Connection, side: str, size: Size, threads: int) -> None:
     step, model = step_of(side, size)
     step()  # makes the optimizer's state
     while True:
-        question = asked.recv()
+        try:
+            question = asked.recv()
+        except EOFError:
+            return
+        started = time.monotonic()
         if question == "facts":
             asked.send(facts(step, model))
         elif question == "memory":
             asked.send(peak_memory() - before)
         else:
-            started = time.monotonic()
             for _ in range(STEPS):
                 step()
             asked.send((time.monotonic() - started) / STEPS)

@@ -120,7 +120,8 @@ def state_of(name: str | None, folder: str | None) -> str:
 def _items(pictures: Pictures, hints: str) -> tuple[list[Item], Sequence[Skipped], str]:
     """The items of folder and canvas, what the folder holds beside them, and where they come from in words."""
     lines = [line.strip() for line in pictures.captions.strip().splitlines()] or [""]
-    count = 0 if pictures.images is None else len(pictures.images)
+    images = () if pictures.images is None else pictures.images
+    count = len(images)
     if not pictures.folder.strip() and not count:
         raise sources.SourceError("found neither folder nor images: name a folder of pictures, or connect images")
     if len(lines) not in (1, count):
@@ -144,7 +145,7 @@ def _items(pictures: Pictures, hints: str) -> tuple[list[Item], Sequence[Skipped
         places.append(f"{folder_to_read(pictures.folder)}, read as {source.layout}")
     for i in range(count):
         hint = None if pictures.hints is None else _bytes(pictures.hints[i])
-        items.append(Item(f"image {i + 1}", _bytes(pictures.images[i]), lines[i % len(lines)], hint))
+        items.append(Item(f"image {i + 1}", _bytes(images[i]), lines[i % len(lines)], hint))
     places += [f"{count} images"] if count else []
     return items, skipped, " and ".join(places)
 

@@ -24,7 +24,7 @@ from ...controlnet_core.training.dataset import Dataset
 from ...controlnet_core.training.distributed import Process
 from ...controlnet_core.training.fidelity import structure
 from ...controlnet_core.training.manifest import DatasetError
-from ...controlnet_core.training.options import TrainingOptions
+from ...controlnet_core.training.options import OptionsError, TrainingOptions
 from ...controlnet_core.training.writer import SAME_ENCODER, off_by, probe_picture
 from ...controlnet_core.unet import UNetConfig
 from . import files
@@ -32,7 +32,7 @@ from .dataset import PLACE, encoders, folder_of
 from .models import ModelError, unet_config
 from .networks import NetworkControl
 from .save import free_path, name_parts, users_folder
-from .watching import Decoder, Watch, annotated, newest_plot, newest_sheet, summary
+from .watching import FACTS, Decoder, Watch, annotated, newest_plot, newest_sheet, summary
 from .weights import unet_weights
 
 PUBLISHED = "published.json"
@@ -67,8 +67,8 @@ def train(
 
     A run of this name that was stopped goes on, and one that is finished is given as it is. What the model predicts is
     read from it: `options.prediction` is not looked at. `fidelity` scores samples by "structure", or with the
-    "annotator" that made the dataset's hints. Raises ModelError, DatasetError, SaveError, OptionsError and
-    loop.TrainingStopped; on these and on Cancel all that was trained is kept in the folder.
+    "annotator" that made the dataset's hints. Raises ModelError, DatasetError, SaveError, OptionsError,
+    LogError and loop.TrainingStopped; on these and on Cancel all that was trained is kept in the folder.
     """
     parts = name_parts(name)
     folder = folder_of("/".join(parts), "training")
@@ -76,6 +76,7 @@ def train(
     alphas, prediction = noise_schedule(model)
     options = replace(options, prediction=prediction)
     check_dataset(dataset, model, clip, vae)
+    check_score(folder, fidelity)
     decoder = Decoder(vae, model.model.latent_format)
     score = structure if fidelity == "structure" else annotated(dataset, decoder, node_id)
 
@@ -86,7 +87,8 @@ def train(
             process = Process(device=comfy.model_management.get_torch_device())
             steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
             # Closing the steps keeps what was trained, whatever ends them.
-            with Watch(folder, dataset, options, decoder, node_id) as watch, closing(steps):  # type: ignore[type-var]
+            watching = Watch(folder, {**options.as_dict(), "fidelity": fidelity}, dataset, options, decoder, node_id)
+            with watching as watch, closing(steps):  # type: ignore[type-var]
                 for progress in steps:
                     watch.see(progress)
         del base
@@ -114,6 +116,7 @@ def trainable(model: Any) -> UNetConfig:
     return config
 
 
+@torch.inference_mode(False)
 def noise_schedule(model: Any) -> tuple[Tensor, str]:
     """The MODEL's signal power at its 1000 timesteps, and what it predicts, "eps" or "v"; nodes on it count.
 
@@ -129,7 +132,7 @@ def noise_schedule(model: Any) -> tuple[Tensor, str]:
     prediction = predictions.get(kind.calculate_denoised)
     discrete = getattr(kind, "timestep", None) is kinds.ModelSamplingDiscrete.timestep
     if prediction is None or not discrete:
-        known = ", ".join(base.__name__ for base in kind.__mro__[1:3])
+        known = ", ".join(base.__name__ for base in kind.__bases__)
         raise ModelError(
             f"the model is sampled by {known}: training knows models of 1000 timesteps that predict the noise or the "
             "velocity (SD1.x, SD2.x, SDXL). Connect such a model, without a sampling node for distilled ones"
@@ -157,6 +160,19 @@ def check_dataset(dataset: Dataset, model: Any, clip: Any, vae: Any) -> None:
                 f"{dataset.folder} was made with another {name} than the one that is connected: connect the one that "
                 "it was made with, or make a dataset with this one"
             )
+
+
+def check_score(folder: Path, fidelity: str) -> None:
+    """Raise OptionsError where the run in `folder` has been scored otherwise: its curve would jump for nothing."""
+    facts = folder / FACTS
+    if not facts.is_file() or not checkpoint.files(folder / "checkpoints"):
+        return
+    before = json.loads(facts.read_text(encoding="utf-8")).get("fidelity", fidelity)
+    if before != fidelity:
+        raise OptionsError(
+            f"this run is scored by fidelity {before}, found {fidelity}: give the same again, or train under another "
+            "name"
+        )
 
 
 # -- runs that are finished, and their files ---------------------------------------------------------------------------

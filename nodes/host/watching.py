@@ -33,7 +33,10 @@ from .dataset import annotator
 from .progress import bar, say
 
 PERIOD = 5.0
-"""Seconds from one new plot on the node to the next."""
+"""Seconds from one new plot on the node to the next; more where drawing takes more than 2 % of the time."""
+
+FACTS = "options.json"
+"""In a run's folder: what it was told last."""
 
 PREVIEW = 1280
 """Pixels of the width of what the node shows while it runs, at most."""
@@ -87,17 +90,25 @@ def annotated(dataset: Dataset, decoder: Decoder, node_id: str | None) -> Score:
 class Watch:
     """What the node and the run's folder show of a training; a context manager.
 
-    In the folder: the core's log, `options.json`, `plot.png`, and for each measurement a sheet of the held-out
-    pictures, `samples/step-<step>.png`.
+    In the folder: the core's log, `options.json` with `facts`, `plot.png`, and for each measurement a sheet of the
+    held-out pictures, `samples/step-<step>.png`.
     """
 
-    def __init__(self, folder: Path, dataset: Dataset, options: TrainingOptions, decoder: Decoder, node_id: str | None):
-        self._folder, self._options, self._decoder, self._node_id = folder, options, decoder, node_id
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        dataset: Dataset,
+        options: TrainingOptions,
+        decoder: Decoder,
+        node_id: str | None,
+    ):
+        self._folder, self._facts, self._decoder, self._node_id = folder, facts, decoder, node_id
         held, _ = dataset.split(options.held_out if options.sample_every else 0, options.seed)
         self._held = dataset.read(held) if held else None
         self._move = bar(options.steps, node_id)
         self._log: Log | None = None
-        self._drawn = 0.0
+        self._next = 0.0
 
     def __enter__(self) -> Watch:
         return self
@@ -115,18 +126,19 @@ class Watch:
             sheet = self._keep_sheet(progress.step, progress.samples)
         self._log.add(progress, None if sheet is None else np.asarray(sheet))
         preview = None
-        if sheet is not None or progress.step == progress.steps or time.monotonic() - self._drawn > PERIOD:
-            self._drawn = time.monotonic()
+        started = time.monotonic()
+        if sheet is not None or progress.step == progress.steps or started > self._next:
             preview = self._drawing(self._log, progress.converged)
+            now = time.monotonic()
+            self._next = now + max(PERIOD, 50 * (now - started))
         say(self._log.describe(progress), self._node_id)
         self._move(progress.step, preview)
 
     def _open(self, step: int) -> Log:
         """The log of a training that goes on after `step`, with its options beside it."""
-        facts = self._options.as_dict()
-        opened = Log.open(self._folder, step, facts)
-        text = json.dumps(facts, indent=2) + "\n"
-        (self._folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
+        opened = Log.open(self._folder, step, self._facts)
+        text = json.dumps(self._facts, indent=2) + "\n"
+        (self._folder / FACTS).write_text(text, encoding="utf-8", newline="\n")
         return opened
 
     def _drawing(self, log: Log, converged: int | None) -> Image.Image:

@@ -16,6 +16,7 @@ from graphs import Scene, latent, picture, prompt
 from safetensors.torch import load_file
 from torch import Tensor
 
+from zeroconv.annotators.compare import compare
 from zeroconv.controlnet_core.diffusion import alphas_cumprod
 from zeroconv.controlnet_core.training import checkpoint, loop
 from zeroconv.controlnet_core.training.caching import CachingOptions, make
@@ -168,7 +169,7 @@ def test_the_node_trains_as_the_core_does(run: Run, model: Any, dataset: Dataset
     assert samples.shape[2] > 4 * SIZE  # hint, picture, sample before training, sample now
     assert 0 <= samples.min() < 0.3 < 0.7 < samples.max() <= 1
     kept = json.loads((output / "mine" / "options.json").read_text(encoding="utf-8"))
-    assert kept == OPTIONS.as_dict()
+    assert kept == {**OPTIONS.as_dict(), "fidelity": "structure"}
 
 
 def test_loras_on_the_model_are_trained_on(run: Run, model: Any, dataset: Dataset, output: Path, tmp_path: Path):
@@ -277,13 +278,35 @@ def test_cancel_keeps_everything_and_the_next_queue_goes_on(
             run(steps=6)
     assert [path.name for path in checkpoint.files(output / "mine" / "checkpoints")] == ["step-00000003.safetensors"]
     gc.collect()
-    assert not any(isinstance(thing, Trainee) for thing in gc.get_objects())
+    assert not any(type(thing) is Trainee for thing in gc.get_objects())
     assert_bits(weights_of(model), before)
     assert not (output / "mine" / "control.safetensors").exists()
     _, _, samples, _ = run(steps=6)
     assert losses(output / "mine") == trained_by_the_core(model, before, dataset, tmp_path / "core", steps=6)
     assert_bits(*(load_file(folder / "control.safetensors") for folder in (output / "mine", tmp_path / "core")))
     assert samples.shape[2] > 4 * SIZE  # the sample before training is still there
+
+
+def test_cancel_inside_a_score_keeps_the_step_too(
+    run: Run, encoders: dict[str, Any], output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import comfy.model_management
+
+    from zeroconv.nodes.host import watching
+
+    made = cached(tmp_path / "made", **encoders, hints="canny")
+    scored: list[Any] = []
+
+    def compared(*given: Any) -> Any:
+        scored.append(given)
+        if len(scored) > 2:  # both pictures of the measurement before training
+            raise comfy.model_management.InterruptProcessingException
+        return compare(*given)
+
+    monkeypatch.setattr(watching, "compare", compared)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run(dataset=made, fidelity="annotator")
+    assert [path.name for path in checkpoint.files(output / "mine" / "checkpoints")] == ["step-00000002.safetensors"]
 
 
 def test_a_finished_run_is_given_as_it_is_and_goes_on_with_more_steps(
@@ -307,6 +330,8 @@ def test_a_finished_run_is_given_as_it_is_and_goes_on_with_more_steps(
             run(steps=6)
         with pytest.raises(Exception, match="this run began with seed 0, found 1"):
             run(seed=1)
+        with pytest.raises(Exception, match="this run is scored by fidelity structure, found annotator: give the same"):
+            run(fidelity="annotator")
     run(steps=6)
     assert losses(output / "mine") == trained_by_the_core(model, weights_of(model), dataset, tmp_path / "a", steps=6)
 
@@ -340,8 +365,10 @@ def test_names_that_are_no_files_are_refused(run: Run, name: str, output: Path):
     assert not output.exists()
 
 
-def test_models_that_are_trained_in_another_way_are_refused(run: Run, host: Host, model: Any, output: Path):
+def test_models_that_are_trained_in_another_way_are_refused(run: Run, model: Any, output: Path):
     from comfy_extras import nodes_model_advanced as advanced
+
+    from zeroconv.nodes.host.training import train
 
     (lcm,) = advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
     (edm,) = advanced.ModelSamplingContinuousEDM().patch(model, "edm_playground_v2.5", 120.0, 0.002)
@@ -353,7 +380,7 @@ def test_models_that_are_trained_in_another_way_are_refused(run: Run, host: Host
     flux = model.clone()
     flux.model = type("Flux", (), {"model_config": type("Flux", (), {"unet_config": {"image_model": "flux"}})()})()
     with pytest.raises(Exception, match="what is trained here is a ControlNet of the SD UNet, the model is Flux"):
-        host.ours["TrainControlNet"].execute(flux, None, None, None, "mine", "structure")
+        train(flux, None, None, None, "mine", OPTIONS)
     assert not output.exists()
 
 
@@ -388,7 +415,6 @@ def test_the_annotator_scores_samples_by_their_own_hints(
     run: Run, encoders: dict[str, Any], output: Path, tmp_path: Path
 ):
     from zeroconv.annotators.canny import canny
-    from zeroconv.annotators.compare import compare
 
     made = cached(tmp_path / "made", **encoders, hints="canny")
     run(dataset=made, fidelity="annotator", steps=2)

@@ -247,9 +247,11 @@ def test_a_damaged_file_is_made_again_and_the_rest_kept(tmp_path: Path, file: st
 def test_a_shard_that_no_manifest_names_is_written_over(tmp_path: Path):
     (tmp_path / "shard-00000.safetensors").write_bytes(b"half a shard")
     (tmp_path / ".shard-00000.safetensors.abc.tmp").write_bytes(b"half a file")
+    (tmp_path / ".mine.tmp").touch()
     cache(tmp_path, items(2))
     assert_holds(tmp_path, items(2))
     assert not (tmp_path / ".shard-00000.safetensors.abc.tmp").exists()
+    assert (tmp_path / ".mine.tmp").exists()
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
@@ -271,12 +273,18 @@ def test_a_shard_holds_one_size_and_as_much_as_fits(tmp_path: Path, monkeypatch:
     assert_holds(tmp_path, items(10))
 
 
-def test_many_prompts_become_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(writer, "FULL", 3 * 4 * 8 * 2)
-    given = [replace(item, prompt=f"prompt {i}"[:10]) for i, item in enumerate(items(9))]
+@pytest.mark.parametrize(("limit", "value"), [("FULL", 2 * 4 * 8 * 2), ("MOST_PROMPTS", 2)])
+def test_many_prompts_become_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int):
+    monkeypatch.setattr(writer, limit, value)
+    given = [replace(item, prompt=f"prompt {i}") for i, item in enumerate(items(9))]
     cache(tmp_path, given)
-    assert len(list(tmp_path.glob("prompts-*"))) > 2
+    assert len(list(tmp_path.glob("prompts-*"))) == 1 + 5  # the empty prompt, and nine others
     assert_holds(tmp_path, given)
+    dataset = Dataset.open(tmp_path)
+    batch = next(iter(dataset.buckets.values()))
+    together = dataset.read(batch)
+    for row, index in enumerate(batch):
+        assert torch.equal(together.context[row], dataset.read([index]).context[0])
 
 
 # -- bad items --------------------------------------------------------------------------------------------------------

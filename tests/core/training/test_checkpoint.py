@@ -90,7 +90,13 @@ def test_other_weights_are_no_checkpoint(tmp_path: Path):
 
 
 def test_temporary_files_of_a_killed_process_are_removed_and_no_others(tmp_path: Path):
-    for name in (".step-00000004.safetensors.1f.tmp", ".hidden", "notes.tmp", "step-00000004.safetensors"):
+    for name in (
+        ".step-00000004.safetensors.1f.tmp",
+        ".losses.csv.2e.tmp",
+        ".hidden",
+        "notes.tmp",
+        "step-00000004.safetensors",
+    ):
         (tmp_path / name).write_bytes(b"x")
     checkpoint.clean(tmp_path)
     assert names(tmp_path) == [".hidden", "notes.tmp", "step-00000004.safetensors"]

@@ -266,9 +266,7 @@ def test_two_passes_of_two_are_one_of_four(data: Dataset, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_empty_prompts_reach_the_network(
-    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
-):
+def test_empty_prompts_reach_the_network(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float):
     calls: list[Any] = []
     monkeypatch.setattr(Trainee, "forward", count(Trainee.forward, calls))
     read = spy(monkeypatch)

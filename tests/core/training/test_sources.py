@@ -161,6 +161,11 @@ def test_one_picture_with_two_prompts_is_two_items(three: Path):
     assert [(name, prompt) for name, prompt, *_ in said(three)] == [("target/0.png", "one"), ("target/0.png #2", "two")]
 
 
+def test_prompts_are_one_line_of_whole_letters(three: Path):
+    (three / "a.jsonl").write_text('{"image": "target/0.png", "text": " one\\n two\\u00e9\\ud83d three "}')
+    assert [prompt for _, prompt, *_ in said(three)] == ["one two\u00e9? three"]
+
+
 def test_bad_lines_are_told_and_the_rest_is_read(three: Path):
     good = {"image": "target/0.png", "text": "good"}
     records = [
@@ -172,6 +177,7 @@ def test_bad_lines_are_told_and_the_rest_is_read(three: Path):
         json.dumps({"image": "target/1.png", "text": ["two", "captions"]}),
         json.dumps({"image": "target/9.png", "text": "missing"}),
         json.dumps({"image": "target/1.png", "hint": "source/9.png"}),
+        json.dumps({"image": "long" * 1000}),
         "",
         json.dumps({"image": "target/1.png", "text": None}),
     ]
@@ -187,6 +193,7 @@ def test_bad_lines_are_told_and_the_rest_is_read(three: Path):
         6: "its text is ['two', 'captions']: expected a text",
         7: f"there is no file {three / 'target' / '9.png'}",
         8: f"there is no file {three / 'source' / '9.png'}",
+        9: f"there is no file {three / ('long' * 1000)}",
     }
     assert list(reasons) == [f"list.jsonl, item {number}" for number in expected]
     for number, reason in expected.items():

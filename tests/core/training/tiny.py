@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zeroconv.controlnet_core import saving
 from zeroconv.controlnet_core.diffusion import alphas_cumprod
+from zeroconv.controlnet_core.loading import read_weights
 from zeroconv.controlnet_core.training.caching import CachingOptions, make
 from zeroconv.controlnet_core.training.dataset import Dataset
 from zeroconv.controlnet_core.training.loop import Progress, train
@@ -103,3 +104,12 @@ def written(value: Any) -> str:
 def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two sets of tensors are the same, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def left_alike(a: Path, b: Path) -> bool:
+    """Whether two trainings left the same weights, bit for bit, with the same metadata."""
+    ours, theirs = ({path.name: read_weights(path) for path in run.glob("*.safetensors")} for run in (a, b))
+    assert "control.safetensors" in ours
+    return ours.keys() == theirs.keys() and all(
+        equal(ours[name][0], theirs[name][0]) and ours[name][1] == theirs[name][1] for name in ours
+    )

@@ -1,0 +1,154 @@
+"""Two processes that share a training give what one gives on the same examples, and end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zeroconv.controlnet_core.loading import read_weights
+from zeroconv.controlnet_core.training import __main__ as command
+from zeroconv.controlnet_core.training import checkpoint
+from zeroconv.controlnet_core.training.distributed import ALONE, DistributedError, Process, described, joined
+
+from .tiny import base, dataset, write_config
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    dataset(folder)
+    return folder
+
+
+def torchrun(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Two processes of this machine, over the loopback interface."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=environment, timeout=timeout
+    )
+
+
+def losses(run: Path) -> list[list[float]]:
+    """Step, loss and gradient norm of each row."""
+    rows = [line.split(",") for line in (run / "losses.csv").read_text().splitlines()[1:]]
+    return [[float(row[i]) for i in (0, 1, 4)] for row in rows]
+
+
+# -- one among others -------------------------------------------------------------------------------------------------
+
+
+def test_alone_nothing_is_set_up():
+    assert described({}) == ALONE
+    with joined({}) as process:
+        assert process == Process(0, 1, torch.device("cpu"))
+        assert not torch.distributed.is_initialized()
+        assert process.gather(7) == [7]
+        number = torch.tensor(2.5)
+        assert process.mean(number) is number
+
+
+def test_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch):
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    assert described(environment) == Process(3, 4, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert described(environment) == Process(3, 4, torch.device("cuda", 1))
+    with pytest.raises(DistributedError, match="process 2 of this machine finds 2 GPUs: start no more processes"):
+        described({**environment, "LOCAL_RANK": "2"})
+
+
+def test_a_launcher_that_gives_no_address_is_told_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    said = r"process 0 of 2 was left alone \(.*MASTER_ADDR.*start all of them"
+    with pytest.raises(DistributedError, match=said), joined({"RANK": "0", "WORLD_SIZE": "2"}):
+        pass
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_losses_of_one(data: Path, tmp_path: Path, accumulation: int):
+    options = {"steps": 6, "batch_size": 4, "accumulation": accumulation, "sample_every": 3, "save_every": 4}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    assert command.main([str(write_config(tmp_path / "one", data, **options))]) == 0
+    done = torchrun("-m", "controlnet_core.training", str(write_config(tmp_path / "two", data, **options)))
+    assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+
+    expected, found = torch.tensor(losses(one)), torch.tensor(losses(two))
+    assert expected.shape == (6, 3)
+    assert expected[:, 1].unique().numel() == 6
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    weights, same = (read_weights(run / "control.safetensors")[0] for run in (one, two))
+    assert weights.keys() == same.keys()
+    # Adam makes every gradient the same size, also one that cancels to rounding errors: those of biases in front of a
+    # norm of one channel a group. So single numbers differ by a part of the 6 steps of 1e-3 that they move.
+    assert max((same[key] - weights[key]).abs().max().item() for key in weights) < 2e-4
+    moved, apart = (
+        torch.cat([(tensors[key] - other[key]).flatten() for key in weights if key in base()]).norm()
+        for tensors, other in ((weights, base()), (weights, same))
+    )
+    assert moved > 0.1
+    assert apart < 1e-3 * moved
+
+    # one process alone speaks and writes
+    assert done.stdout.count("done: ") == 1
+    assert done.stdout.count("step 0/6 | fidelity") == 1
+    assert len(list((two / "samples").iterdir())) == 3
+    assert [path.name for path in checkpoint.files(two / "checkpoints")] == [
+        "step-00000004.safetensors",
+        "step-00000006.safetensors",
+    ]
+    assert not list(two.rglob("*.tmp"))
+
+
+FAILS = """
+import runpy, sys
+runpy.run_path({root!r} + "/dev.py")
+import os, signal
+from zeroconv.controlnet_core.training import __main__ as command
+from zeroconv.controlnet_core.training import loop
+passes = 0
+fit = loop.objective.loss
+def loss(*arguments):
+    global passes
+    passes += 1
+    if passes == 3 and os.environ["RANK"] == "1":
+        {what}
+    return fit(*arguments)
+loop.objective.loss = loss
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_when_one_fails_all_end_and_say_why(data: Path, tmp_path: Path):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS.format(root=ROOT.as_posix(), what='raise RuntimeError("out of memory: simulated")'))
+    done = torchrun(str(script), str(write_config(tmp_path, data)))
+    assert done.returncode != 0
+    assert "process 1: out of memory at step 3 with batch_size 2. step-00000002.safetensors is kept" in done.stderr
+    assert "was left alone" in done.stderr
+    assert checkpoint.files(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002.safetensors"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals between processes")
+def test_a_signal_to_one_stops_all_after_the_same_step(data: Path, tmp_path: Path):
+    script = tmp_path / "stops.py"
+    script.write_text(FAILS.format(root=ROOT.as_posix(), what="os.kill(os.getpid(), signal.SIGTERM)"))
+    done = torchrun(str(script), str(write_config(tmp_path, data, save_every=100)))
+    assert done.returncode != 0  # the launcher's own: its processes ended with 143
+    assert "stopped after step 3 of 4: the same command goes on from there" in done.stdout
+    assert re.search(r"exitcode +: 143", done.stderr)
+    assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3]
+    assert checkpoint.files(tmp_path / "run" / "checkpoints")[-1].name == "step-00000003.safetensors"
