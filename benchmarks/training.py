@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -123,11 +124,11 @@ def write_dataset(folder: Path, setting: Setting, count: int) -> None:
 
 def encoding(setting: Setting, folder: Path) -> Steps:  # noqa: ARG001  (keeps its pictures in memory)
     """diffusers on pictures and tokens."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    autoencoders: Any = import_module("diffusers.models.autoencoders.autoencoder_kl")
     channels = tuple(setting.encoder_width(width, 32) for width in (128, 256, 512, 512))
-    vae: Any = AutoencoderKL(
+    vae = autoencoders.AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -159,18 +160,17 @@ def cached(setting: Setting, folder: Path) -> Steps:  # noqa: ARG001  (keeps its
 
 
 def _diffusers(setting: Setting, encode: Any) -> Steps:
-    from diffusers.models.controlnets.controlnet import ControlNetModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
+    controls: Any = import_module("diffusers.models.controlnets.controlnet")
+    unets: Any = import_module("diffusers.models.unets.unet_2d_condition")
+    schedulers: Any = import_module("diffusers.schedulers.scheduling_ddpm")
     device, dtype = setting.device, setting.dtype
     widths = tuple(setting.width * mult for mult in SD15.channel_mult)
-    unet: Any = UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=setting.context_dim)
-    control: Any = ControlNetModel.from_unet(unet).train().to(device)
+    unet = unets.UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=setting.context_dim)
+    control = controls.ControlNetModel.from_unet(unet).train().to(device)
     unet.requires_grad_(False).to(device, dtype)
     if setting.checkpointing:
         control.enable_gradient_checkpointing()
-    noise_schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    noise_schedule = schedulers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     optimizer = torch.optim.AdamW(control.parameters(), lr=5e-6, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     hints = torch.rand(setting.batch, 3, setting.resolution, setting.resolution, device=device)
     mixed = nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .configuration import check_heads, describe_mismatch, family, read_unet_config
 from .keys import State
+from .lean import lean
 from .residuals import Residuals
 from .unet import Encoder, UNetConfig
 
@@ -125,7 +126,11 @@ class Connections(nn.Module):
                 f"hint has {hint.shape[1]} channels of {width}x{height}; this {self.kind} takes {self.hint_channels} "
                 "channels, and width and height must be multiples of 8: resize the hint to 8 times the latent's size"
             )
-        return self.input_hint_block(hint)
+        first, *rest = self.input_hint_block
+        h = first(hint)
+        for activation, convolution in zip(rest[::2], rest[1::2], strict=True):
+            h = lean((activation, convolution), h)
+        return h
 
     def _collect(
         self, x: Tensor, guided_hint: Tensor, blocks: Iterable[nn.Module], middle: nn.Module, *inputs: Tensor

@@ -16,6 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .lean import lean
+
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding of `timesteps` (B,), fp32, (B, dim): cosines first, then sines (ldm order)."""
@@ -47,8 +49,8 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h = lean(self.in_layers, x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + lean(self.out_layers, h)
 
 
 class CrossAttention(nn.Module):
@@ -95,7 +97,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return lean(self.net, x)
 
 
 class TransformerBlock(nn.Module):

@@ -81,6 +81,7 @@ def run(run: Run, process: Process) -> int:
     progresses = train(
         run.options, unet.state_dict(), unet.config, alphas_cumprod(), dataset, run.output, process=process
     )
+    del unet  # the training lets go of it, too, once it has its own
     # Closing the training writes a checkpoint, also when the watch finds no room for what it writes.
     with Stop(alone=process.world == 1) as stop, closing(progresses), closing(watch) if watch else nullcontext():
         for progress in progresses:

@@ -112,6 +112,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     step, seconds, measured = 0, 0.0, []
     facts: dict[str, Any] = {"base": fingerprint(base), "data": dataset.fingerprint}
+    del base  # the trainee has its own
     checkpoints = folder / "checkpoints"
     if process.rank == 0:
         checkpoint.clean(folder)

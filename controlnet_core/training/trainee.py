@@ -16,7 +16,6 @@ from ..layers import Block, timestep_embedding
 from ..lite import ControlNetLite
 from ..residuals import Residuals
 from ..unet import UNet, UNetConfig
-from . import locked
 from .dataset import Batch
 from .options import TrainingOptions
 
@@ -97,16 +96,13 @@ def _fresh(
 
 
 def _locked(options: TrainingOptions, base: State, config: UNetConfig) -> UNet:
-    """The base, locked: as a whole in the dtype of the precision, or but for its decoder in fp32."""
-    if not options.unlock_decoder:
-        unet = UNet(config, operations=locked, device="meta")
-        unet.load_state_dict({key: tensor.to(options.dtype) for key, tensor in base.items()}, assign=True)
-        return unet.requires_grad_(False)
+    """A copy of the base, locked: as a whole in the dtype of the precision, or but for its decoder in fp32."""
+    dtype = torch.float32 if options.unlock_decoder else options.dtype
     unet = UNet(config, device="meta")
-    unet.load_state_dict({key: tensor.clone() for key, tensor in base.items()}, assign=True)
+    unet.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in base.items()}, assign=True)
     unet.requires_grad_(False)
-    unet.output_blocks.requires_grad_(True)
-    unet.out.requires_grad_(True)
+    unet.output_blocks.requires_grad_(options.unlock_decoder)
+    unet.out.requires_grad_(options.unlock_decoder)
     return unet
 
 

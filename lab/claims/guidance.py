@@ -30,11 +30,21 @@ def measure(_: Work) -> Findings:
     rows, sheets = [], {"render": shown(scenes.images, 6)}
 
     def add(control: str, way: str, scale: float | None, found: Sampled) -> None:
-        rows.append([control, way, scale, found.figure, found.solids, found.mean, *looks(found.pictures)])
+        rows.append(
+            [
+                control,
+                way,
+                None if scale is None else f"{scale:g}",
+                found.figure,
+                found.solids,
+                found.mean,
+                *looks(found.pictures),
+            ]
+        )
         if control == "depth":
             sheets[way if scale is None else f"{_SHORT[way]}, {scale:g}"] = shown(found.pictures, 6)
 
-    add("", "renders", None, judged(segmenter, scenes, scenes.images))
+    add("-", "renders", None, judged(segmenter, scenes, scenes.images))
     for control in ("depth", "canny"):
         hints = {control: scenes.hints[control]}
         add(control, "no guidance", 1, sample(model, segmenter, scenes, empty, hints, 1.0))

@@ -27,7 +27,7 @@ from .sampling import judged, sample, shown
 log = logging.getLogger(__name__)
 
 SCENES = 48
-TUNED_ON, STEPS, BATCH = 4_000, 400, 16
+TUNED_ON, STEPS, BATCH = 4_000, 200, 16
 TINT, GAMMA = (0.45, 0.6, 1.0), 1.5
 """How a night is made of a day: each value to the power of GAMMA, times the tint of its colour."""
 

@@ -35,7 +35,7 @@ def transfer(node_id: str | None) -> Callable[[int, int], None]:
 
 def say(text: str, node_id: str | None) -> None:
     """Show `text` on the node while it runs, where this host can."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node_id is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node_id)
 

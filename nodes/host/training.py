@@ -83,15 +83,16 @@ def train(
     comfy.model_management.unload_all_models()
     with torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
-        if not finished(folder, options, {"base": loop.fingerprint(base), "data": dataset.fingerprint}):
-            process = Process(device=comfy.model_management.get_torch_device())
-            steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
+        done = finished(folder, options, {"base": loop.fingerprint(base), "data": dataset.fingerprint})
+        process = Process(device=comfy.model_management.get_torch_device())
+        steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
+        del base  # the training lets go of it, too, once it has its own
+        if not done:
             # Closing the steps keeps what was trained, whatever ends them.
             watching = Watch(folder, {**options.as_dict(), "fidelity": fidelity}, dataset, options, decoder, node_id)
-            with watching as watch, closing(steps):  # type: ignore[type-var]
+            with watching as watch, closing(steps):
                 for progress in steps:
                     watch.see(progress)
-        del base
     comfy.model_management.soft_empty_cache()
 
     published = publish(folder / "control.safetensors", users_folder(), parts)

@@ -213,7 +213,7 @@ def test_an_unlocked_decoder_is_a_model_for_load_diffusion_model(
     run(steps=2, sample_every=0, options={**RARER, "unlock_decoder": True, "decoder_learning_rate": 1e-3})
     (name,) = folder_paths.get_filename_list("diffusion_models")
     assert Path(name) == Path("zeroconv/mine.safetensors")
-    assert Path(folder_paths.get_full_path("diffusion_models", name)).is_relative_to(folders[1])
+    assert (Path(folders[1]) / name).is_file()
     written, base = load_file(Path(folders[1]) / name), weights_of(model)
     assert written.keys() == {f"model.diffusion_model.{key}" for key in base}
     moved = {key for key in base if not torch.equal(written[f"model.diffusion_model.{key}"], base[key])}

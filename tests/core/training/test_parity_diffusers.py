@@ -100,7 +100,7 @@ class Peer:
     scheduler: Any
 
     @classmethod
-    def make(cls, unet: nn.Module, prediction: str) -> Peer:
+    def make(cls, unet: Any, prediction: str) -> Peer:
         from diffusers.models.controlnets.controlnet import ControlNetModel
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -271,10 +271,10 @@ def test_the_comparison_tells_another_step_from_this_one():
 @torch.no_grad()
 def assert_control_matters(peer: Peer, batch: Batch, draws: objective.Draws, data: Data) -> None:
     """Control moves the peer's prediction by 5 % or more, and so does the hint alone."""
-    *given, added = peer.inputs(batch, draws, data.empty)
-    lit = peer.predict(*given, batch.hints, added)
+    noisy, timesteps, context, added = peer.inputs(batch, draws, data.empty)
+    lit = peer.predict(noisy, timesteps, context, batch.hints, added)
     for without in (None, torch.zeros_like(batch.hints)):
-        assert relative_change(peer.predict(*given, without, added), lit) >= 0.05
+        assert relative_change(peer.predict(noisy, timesteps, context, without, added), lit) >= 0.05
 
 
 def assert_gradients_agree(trainee: Trainee, peer: Peer) -> None:
