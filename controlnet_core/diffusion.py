@@ -31,9 +31,7 @@ def velocity(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor) 
 
 
 @torch.no_grad()
-def sample_ddim(
-    predict: Predict, noise: Tensor, alphas: Tensor, steps: int = 20, prediction: str = "eps"
-) -> Tensor:
+def sample_ddim(predict: Predict, noise: Tensor, alphas: Tensor, steps: int = 20, prediction: str = "eps") -> Tensor:
     """Latents from `noise` (B,4,H,W) by deterministic DDIM (Song et al., 2021) with evenly spaced timesteps.
 
     `prediction` is what `predict` gives: "eps", the noise, or "v", the velocity.

@@ -15,11 +15,11 @@ def lean(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """What `layers` make of x one after the other, with the very gradients that torch would give, keeping x alone.
 
     The last one is costly and is not computed twice: a convolution or a linear layer. The others (norms, activations,
-    gates) are computed again when gradients are asked for. Where there is nothing to gain, in sampling or where the
-    last layer is of another kind, they run as they are.
+    gates) are computed again when gradients are asked for. Where there is nothing to gain, in sampling, or where the
+    last layer is of another kind (a host's own, which moves or patches its weight as it runs), they run as they are.
     """
     *cheap, last = layers
-    if torch.is_grad_enabled() and isinstance(last, (nn.Conv2d, nn.Linear)):
+    if torch.is_grad_enabled() and type(last) in (nn.Conv2d, nn.Linear):
         own = [parameter for layer in (*cheap, last) for parameter in layer.parameters()]
         return _Lean.apply(cheap, last, x, *own)  # type: ignore[return-value]
     return last(_run(cheap, x))
@@ -31,14 +31,22 @@ def _run(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+def _autocast(device: str) -> tuple[str, torch.dtype, bool]:
+    """What `torch.autocast` takes to make the autocast of now again."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    if device == "cpu":  # torch before 2.4 has a question for each device
+        return device, torch.get_autocast_cpu_dtype(), torch.is_autocast_cpu_enabled()
+    return device, torch.get_autocast_gpu_dtype(), torch.is_autocast_enabled()
+
+
 class _Lean(Function):
     """Parameters are handed over too, so that gradients reach them: those of the cheap layers, then the last one's."""
 
     @staticmethod
     def forward(ctx: Any, cheap: list[nn.Module], last: Any, x: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
-        device = x.device.type
         ctx.cheap, ctx.last = cheap, last
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.autocast = _autocast(x.device.type)
         ctx.save_for_backward(x, *parameters)
         return last(_run(cheap, x))
 
@@ -49,7 +57,8 @@ class _Lean(Function):
         needed = ctx.needs_input_grad[2:]
         last, inner = ctx.last, 1 + len(parameters) - sum(1 for _ in ctx.last.parameters())
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            x = x.detach().requires_grad_(needed[0])
+            # A view, since a counter of operations hooks what enters a layer, and cannot where that is a leaf.
+            x = x.detach().requires_grad_(needed[0]).view_as(x)
             between = _run(ctx.cheap, x)
 
         # Under autocast the last layer computed in the dtype of what it gave, not in that of its weight.

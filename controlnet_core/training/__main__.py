@@ -152,7 +152,8 @@ class Watch:
         if self._log is None:
             facts = {"base": str(self._run.base), "dataset": str(self._run.dataset), **self._run.options.as_dict()}
             self._log = Log.open(folder, progress.step - 1, facts)
-            (folder / "options.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(facts, indent=2) + "\n"
+            (folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
         pictures = None
         if progress.samples is not None and self._held is not None:
             pictures = self._pictures(progress.samples)

@@ -45,8 +45,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder` and leave the newest `keep`; raises SaveError, and then none is lost."""
     path = folder / f"step-{checkpoint.step:08d}.safetensors"
     write(path, checkpoint.tensors, {"step": str(checkpoint.step), "facts": json.dumps(checkpoint.facts)})
-    for old in files(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+    # A newer one is there only where it could not be read, and is no reason to delete those that can.
+    for old in [each for each in files(folder) if each <= path][:-keep]:
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:  # on Windows, while somebody reads it
+            log.warning("%s is no longer needed and cannot be deleted: %s", old, error)
     return path
 
 
@@ -96,8 +100,8 @@ def check(saved: Checkpoint, options: TrainingOptions, facts: dict[str, Any]) ->
                 f"this run began with {name} {before[name]!r}, found {now[name]!r}: give the same again, or train in "
                 "another folder"
             )
-    for name, what in (("base", "model"), ("data", "dataset")):
-        if saved.facts[name] != facts[name]:
+    for name, what in (("base", "model"), ("data", "dataset"), ("held", "choice of held-out pictures (held_out)")):
+        if name in facts and saved.facts.get(name, facts[name]) != facts[name]:
             raise OptionsError(
                 f"this run began with another {what}: give the same one again, or train in another folder"
             )

@@ -14,7 +14,7 @@ from .options import TrainingOptions
 from .trainee import Trainee, contexts, vector
 
 Score = Callable[[Tensor, Batch], float]
-"""(sampled latents (B,4,h,w), the held-out items) -> how well the samples follow the hints; higher is better."""
+"""(sampled latents (B,4,h,w), the held-out items), on the CPU -> how well samples follow hints; higher is better."""
 
 
 @torch.no_grad()

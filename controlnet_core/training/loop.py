@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -44,8 +44,8 @@ class Progress:
     `loss` is the step's mean over all its examples, before the weights changed, and `gradient_norm` that of all
     gradients before clipping; both `None` at step 0, which only measures the base. `seconds` is the time in training
     steps since step 0, over all resumes, and `memory` the most GPU memory in use in bytes. `fidelity` and `samples`
-    (latents (B,4,h,w) of the held-out items) are there where they were measured. `converged` is the step at which
-    fidelity jumped, once that is seen.
+    (latents (B,4,h,w) of the held-out items, on the CPU) are there where they were measured. `converged` is the step at
+    which fidelity jumped, once that is seen.
     """
 
     step: int
@@ -111,7 +111,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step, seconds, measured = 0, 0.0, []
-    facts: dict[str, Any] = {"base": fingerprint(base), "data": dataset.fingerprint}
+    facts: dict[str, Any] = {"base": fingerprint(base), "data": dataset.fingerprint, "held": held}
     del base  # the trainee has its own
     checkpoints = folder / "checkpoints"
     if process.rank == 0:
@@ -121,9 +121,7 @@ def train(
     if saved is not None:
         checkpoint.check(saved, options, facts)
         step, seconds, measured = saved.step, saved.facts["seconds"], saved.facts["measured"]
-        with torch.no_grad():
-            for name, tensor in saved.part("model.").items():
-                trained[name].copy_(tensor)
+        _fill(trained, saved.part("model."))
         checkpoint.restore_optimizer(adam, saved.part("optimizer."), names)
         if saved.facts["scaler"]:
             scaler.load_state_dict(saved.facts["scaler"])
@@ -135,8 +133,8 @@ def train(
         )
     averages = {name: p.detach().clone() for name, p in trained.items()} if options.ema else {}
     if saved is not None and averages:  # where it is new, it begins from here
-        for name, tensor in saved.part("average.").items():
-            averages[name].copy_(tensor)
+        _fill(averages, saved.part("average."))
+    del saved  # its tensors are mapped, and on Windows a mapped file cannot be deleted when its time comes
 
     mark = _mark(measured)
 
@@ -171,7 +169,7 @@ def train(
         fidelity, samples = None, None
         if due(options, step) and held and (loss is not None or step == 0):
             with mixed:
-                samples = sample(trainee, moved(dataset.read(held), device), nothing, alphas, options)
+                samples = sample(trainee, moved(dataset.read(held), device), nothing, alphas, options).cpu()
             fidelity = score(samples, dataset.read(held))
             measured.append((step, fidelity))
             mark = _mark(measured)
@@ -256,6 +254,12 @@ def fit(config: UNetConfig, dataset: Dataset) -> None:
         )
 
 
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], values: State) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
 def _mark(measured: list[tuple[int, float]]) -> int | None:
     return sudden_convergence([step for step, _ in measured], [fidelity for _, fidelity in measured])
 
@@ -291,8 +295,9 @@ def fingerprint(base: State) -> str:
 def advice(options: TrainingOptions) -> str:
     """What to lower, the mildest first."""
     if options.batch_size > 1:
-        half = options.batch_size // 2
-        return f"Set batch_size {half} and accumulation {options.accumulation * 2}, which trains the same, and resume."
+        parts = next(n for n in range(2, options.batch_size + 1) if options.batch_size % n == 0)
+        batch_size, accumulation = options.batch_size // parts, options.accumulation * parts
+        return f"Set batch_size {batch_size} and accumulation {accumulation}, which trains the same, and resume."
     if not options.gradient_checkpointing:
         return "Turn gradient_checkpointing on and resume."
     if options.optimizer != "adamw8bit":
@@ -302,7 +307,7 @@ def advice(options: TrainingOptions) -> str:
 
 def _out_of_memory(error: Exception) -> bool:
     words = str(error).lower()
-    return "can't allocate memory" in words or "out of memory" in words
+    return any(said in words for said in ("can't allocate memory", "out of memory", "status_alloc_failed"))
 
 
 def _kept(checkpoints: Path) -> str:

@@ -30,7 +30,10 @@ def make(options: TrainingOptions, control: nn.Module, decoder: nn.Module) -> to
                 "adamw"
             ) from error
         return AdamW8bit(groups, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
+    try:
+        return torch.optim.AdamW([dict(group) for group in groups], weight_decay=options.weight_decay, fused=True)
+    except RuntimeError:  # this torch has no fused AdamW for this device
+        return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 
 def factor(options: TrainingOptions, step: int) -> float:

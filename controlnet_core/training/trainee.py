@@ -31,7 +31,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.unet, self.control = unet, control
         self.middle_only = options.middle_only
-        self.locked = not options.unlock_decoder
+        self.dtype = None if options.unlock_decoder else options.dtype
         self.checkpointing = options.gradient_checkpointing
         if isinstance(control, ControlLora):
             control.bind(unet)
@@ -51,12 +51,12 @@ class Trainee(nn.Module):
         residuals = self.control(noisy, timesteps, context, guided_hint, y)
         if self.middle_only:
             residuals = Residuals((None,) * len(residuals.skips), residuals.middle)
-        if not self.locked:
+        if self.dtype is None:
             return self.unet(noisy, timesteps, context, y, residuals)
-        dtype = self.unet.out[2].weight.dtype
-        y = None if y is None else y.to(dtype)
+        noisy, context = noisy.to(self.dtype), context.to(self.dtype)
+        y = None if y is None else y.to(self.dtype)
         with torch.autocast(noisy.device.type, enabled=False):
-            return self.unet(noisy.to(dtype), timesteps, context.to(dtype), y, residuals)
+            return self.unet(noisy, timesteps, context, y, residuals)
 
 
 def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int) -> Trainee:
@@ -77,7 +77,8 @@ def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channe
         connect(control, options.connections)
     unet = _locked(options, full, config)
     if options.middle_only:
-        control.zero_convs.requires_grad_(False)
+        for parameter in control.zero_convs.requires_grad_(False).parameters():
+            nn.init.zeros_(parameter)  # whoever applies the control adds them: what is not trained adds nothing
     trainee = Trainee(unet, control, options)
     for module in trainee.modules():
         if isinstance(module, Block):

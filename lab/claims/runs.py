@@ -200,23 +200,28 @@ def run(work: Work, name: str) -> None:
         for progress in training:
             if book is None:
                 book = Log.open(folder, progress.step - 1)
-            pictures = None if progress.samples is None else decode(progress.samples)
-            book.add(progress, pictures)
-            if pictures is not None:
-                save_samples(folder, progress.step, pictures)
+            sheet = None if progress.samples is None else in_a_row(decode(progress.samples))
+            book.add(progress, sheet)
+            if sheet is not None:
+                save_samples(folder, progress.step, sheet)
                 log.info("%s step %d: fidelity %.3f", name, progress.step, progress.fidelity)
             elif time.monotonic() > told + TELL_EVERY:
                 told = time.monotonic()
                 log.info("%s step %d: loss %.4f", name, progress.step, progress.loss)
 
 
-def save_samples(folder: Path, step: int, pictures: Tensor) -> None:
-    """Keep the pictures (B,3,H,W) of the watched scenes at a step, side by side in one file."""
+def in_a_row(pictures: Tensor) -> np.ndarray:
+    """Pictures (B,3,H,W) in [0,1] side by side, (H,B*W,3) uint8."""
+    return (rearrange(pictures, "b c h w -> h (b w) c") * 255).round().byte().numpy()
+
+
+def save_samples(folder: Path, step: int, sheet: np.ndarray) -> None:
+    """Keep the pictures of the watched scenes at a step, side by side in one file."""
     from PIL import Image
 
     path = folder / "samples" / f"step-{step:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray((rearrange(pictures, "b c h w -> h (b w) c") * 255).round().byte().numpy()).save(path)
+    Image.fromarray(sheet).save(path)
 
 
 def samples(work: Work, name: str, step: int) -> np.ndarray | None:

@@ -209,7 +209,13 @@ def publish(file: Path, folder: Path, parts: tuple[str, ...]) -> str:
             path = ours
         if path.exists() and before["source"] == _stamp(file):
             return str(path.relative_to(folder))
-    saving.write(path, *read_weights(file))
+    try:
+        saving.write(path, *read_weights(file))
+    except saving.SaveError:
+        if not path.exists():
+            raise
+        path = free_path(folder, (PLACE, *parts))  # Windows replaces no file that is in use, as one loaded here is
+        saving.write(path, *read_weights(file))
     known[file.name] = {"path": str(path), "stamp": _stamp(path), "source": _stamp(file)}
     record.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8", newline="\n")
     return str(path.relative_to(folder))

@@ -161,7 +161,9 @@ class Watch:
         if step == 0:
             saving.write(self._first, {"latents": samples})
         sheet = contact_sheet({**self._constant, **({f"step {step}": newest} if step > 0 else {})})
-        sheet.save(self._folder / "samples" / f"step-{step:08d}.png")
+        path = self._folder / "samples" / f"step-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)  # where samples were turned on later
+        sheet.save(path)
         return sheet
 
     @cached_property
@@ -202,9 +204,9 @@ def newest_plot(folder: Path) -> Tensor:
 def summary(folder: Path) -> str:
     """A run in a few words, from its log."""
     losses, measured = _rows(folder / "losses.csv"), _rows(folder / "fidelity.csv")
-    last = losses[-1]
     says = [
         f"{last['step']} steps in {duration(float(last['seconds']))}, loss {float(last['smoothed']):.4f} (smoothed)"
+        for last in losses[-1:]  # a run that was stopped in its first measurement has none
     ]
     if measured:
         before, after = (float(row["fidelity"]) for row in (measured[0], measured[-1]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 
 from zeroconv.controlnet_core.controlnet import ControlNet, copy_encoder
 from zeroconv.controlnet_core.diffusion import add_noise, alphas_cumprod, sample_ddim
+from zeroconv.controlnet_core.training.distributed import Process
 from zeroconv.controlnet_core.unet import SD15, UNet
 
 from .small import SMALL, TINY, assert_within, inputs, randomise_zeros, relative_change, seeded, tensors
+from .training.tiny import dataset, fit, quick
 
 pytestmark = pytest.mark.gpu
 
@@ -100,3 +104,31 @@ def test_noise_and_sampling_stay_on_the_gpu():
         return (x - a.sqrt() * clean) / (1 - a).sqrt()
 
     torch.testing.assert_close(sample_ddim(predict, noise, alphas, 5), clean, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16", "gradient_checkpointing": True, "ema": 0.9},
+        {"precision": "fp16", "unlock_decoder": True, "accumulation": 2},
+        {"precision": "bf16", "kind": "control_lora", "rank": 4},
+        {"precision": "fp16", "kind": "lite", "middle_only": True},
+    ],
+    ids=str,
+)
+def test_a_training_is_that_of_the_cpu_and_goes_on(options: dict[str, Any], tmp_path: Path):
+    data, gpu = dataset(tmp_path / "data"), Process(device=torch.device("cuda"))
+    usual = quick(**{"learning_rate": 1e-4, "sample_every": 2, **options, "precision": "fp32"})
+    expected = fit(usual, data, tmp_path / "cpu")
+
+    chosen = {**usual.as_dict(), **options}
+    found = fit(quick(**{**chosen, "steps": 2}), data, tmp_path / "gpu", process=gpu)
+    found += fit(quick(**chosen), data, tmp_path / "gpu", process=gpu)
+    assert [progress.step for progress in found] == [0, 1, 2, 3, 4]
+    tolerance = 1e-4 if options["precision"] == "fp32" else 0.02
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.loss == (theirs.loss and pytest.approx(theirs.loss, rel=tolerance))
+        assert ours.fidelity == (theirs.fidelity and pytest.approx(theirs.fidelity, abs=0.02))
+        assert ours.memory
+    assert (tmp_path / "gpu" / "control.safetensors").is_file()

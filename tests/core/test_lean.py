@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.lean import lean
+from zeroconv.controlnet_core.lean import _autocast, lean
 
 
 def convolutions() -> list[nn.Module]:
@@ -73,3 +73,21 @@ def test_without_gradients_and_with_another_last_layer_nothing_changes():
     pooled = [*layers, nn.MaxPool2d(2)]
     assert torch.equal(lean(pooled, x), plain(pooled, x))
     assert type(lean(pooled, x).grad_fn).__name__ == "MaxPool2DWithIndicesBackward0"
+
+
+class Hosts(nn.Conv2d):
+    """A host's layer, which may move or patch its weight as it runs."""
+
+
+def test_a_hosts_layers_are_left_to_torch():
+    layers, x = [nn.SiLU(), Hosts(8, 6, 3)], torch.randn(2, 8, 9, 7)
+    assert type(lean(layers, x).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+@pytest.mark.filterwarnings("ignore:torch.*autocast:DeprecationWarning")
+def test_autocast_is_the_same_where_torch_asks_for_each_device(monkeypatch: pytest.MonkeyPatch):
+    with torch.autocast("cpu", torch.float16):
+        found = _autocast("cpu")
+        monkeypatch.delattr(torch, "get_autocast_dtype")
+        assert _autocast("cpu") == found == ("cpu", torch.float16, True)
+    assert _autocast("cpu")[2] is False

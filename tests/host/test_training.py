@@ -263,6 +263,23 @@ def test_a_run_replaces_its_own_file_and_no_other(run: Run, host: Host):
     ]  # fmt: skip
 
 
+def test_a_file_that_is_in_use_and_cannot_be_replaced_stays(run: Run, host: Host, monkeypatch: pytest.MonkeyPatch):
+    run(steps=1, sample_every=0)
+    file = host.folder / "zeroconv" / "mine.safetensors"
+    before, replace_it = file.read_bytes(), Path.replace
+
+    def replaced(path: Path, target: Path) -> Path:
+        if target == file:  # as Windows answers while its tensors are mapped
+            raise PermissionError(13, "used by another process", str(target))
+        return replace_it(path, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    *_, name = run(steps=2, sample_every=0)
+    assert Path(name) == Path("zeroconv/mine_2.safetensors")
+    assert file.read_bytes() == before
+    assert file.with_name("mine_2.safetensors").read_bytes() != before
+
+
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
 
@@ -315,8 +332,9 @@ def test_a_finished_run_is_given_as_it_is_and_goes_on_with_more_steps(
     _, plot, samples, name = run()
     written = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
-    def again(*_: Any) -> None:
+    def again(*_: Any) -> Iterator[Any]:
         raise AssertionError("it is trained again")
+        yield  # as `loop.train`, a generator: calling it trains nothing yet
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", again)
@@ -463,3 +481,5 @@ def test_without_samples_there_is_a_plot_alone(run: Run, output: Path):
     assert samples.shape == (1, 64, 64, 3)
     assert not samples.any()
     assert not (output / "mine" / "samples").exists()
+    _, _, samples, _ = run(sample_every=2, steps=2)  # turned on later
+    assert samples.shape[1] > 2 * SIZE

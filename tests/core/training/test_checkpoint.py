@@ -58,6 +58,42 @@ def test_the_newest_few_are_kept(tmp_path: Path):
     assert newest.step == 100
 
 
+def test_a_newer_checkpoint_that_cannot_be_read_costs_no_other(tmp_path: Path):
+    for step in (1, 9):
+        checkpoint.save(tmp_path, some(step), keep=2)
+    (tmp_path / "step-00000009.safetensors").write_bytes(b"")
+    checkpoint.save(tmp_path, some(5), keep=1)
+    assert names(tmp_path) == ["step-00000005.safetensors", "step-00000009.safetensors"]
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 5
+
+
+def test_a_checkpoint_that_cannot_be_deleted_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def refused(path: Path, **_: bool) -> None:
+        if not path.name.endswith(".tmp"):
+            raise PermissionError(13, "used by another process", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, some(step), keep=1)
+    assert len(checkpoint.files(tmp_path)) == 2
+    assert "step-00000001.safetensors is no longer needed and cannot be deleted" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list what is mapped")
+def test_nothing_stays_mapped_of_the_checkpoint_that_a_training_goes_on_from(data: Dataset, tmp_path: Path):
+    fit(quick(steps=2, ema=0.9), data, tmp_path)
+    going = training(quick(ema=0.9), data, tmp_path)
+    next(going)
+    # Windows deletes no file that is mapped, and the training wants to when it has newer ones.
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    going.close()
+    assert str(tmp_path / "checkpoints") not in mapped
+
+
 def test_no_checkpoint_is_none(tmp_path: Path):
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "nowhere") is None

@@ -17,6 +17,7 @@ from zeroconv.controlnet_core.saving import SaveError
 from zeroconv.controlnet_core.training import checkpoint, objective
 from zeroconv.controlnet_core.training.dataset import Batch, Dataset
 from zeroconv.controlnet_core.training.loop import TrainingStopped, advice
+from zeroconv.controlnet_core.training.options import OptionsError
 from zeroconv.controlnet_core.training.trainee import Trainee
 
 from .tiny import dataset, fit, quick, training
@@ -150,6 +151,7 @@ def test_a_disk_that_is_full_at_the_end_loses_no_step(data: Dataset, tmp_path: P
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_out_of_memory_says_what_to_lower(
@@ -187,6 +189,8 @@ def test_other_errors_are_not_taken_for_memory(data: Dataset, tmp_path: Path, mo
 def test_advice_is_the_mildest_that_is_left():
     assert advice(quick(batch_size=6, accumulation=2)).startswith("Set batch_size 3 and accumulation 4")
     one = {"batch_size": 1}
+    assert advice(quick(batch_size=9, accumulation=2)).startswith("Set batch_size 3 and accumulation 6")
+    assert advice(quick(batch_size=3)).startswith("Set batch_size 1 and accumulation 3")
     assert advice(quick(**one)) == "Turn gradient_checkpointing on and resume."
     assert "adamw8bit in a new run, or kind control_lora" in advice(quick(**one, gradient_checkpointing=True))
     last = advice(quick(**one, gradient_checkpointing=True, optimizer="adamw8bit"))
@@ -222,3 +226,9 @@ def test_what_a_killed_process_left_half_written_is_removed(data: Dataset, tmp_p
         path.write_bytes(b"half")
     fit(quick(), data, tmp_path)
     assert not any(path.exists() for path in left)
+
+
+def test_other_held_out_pictures_are_refused(data: Dataset, tmp_path: Path):
+    fit(quick(steps=2, sample_every=2), data, tmp_path)
+    with pytest.raises(OptionsError, match=r"another choice of held-out pictures \(held_out\): give"):
+        fit(quick(steps=4, sample_every=0), data, tmp_path)

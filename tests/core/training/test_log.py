@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import logging
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,7 @@ def test_tensorboard_has_what_the_files_have(tmp_path: Path):
     for step in range(9):
         log.add(progress(step, 0.5 if step == 4 else None), np.zeros((8, 16, 3), dtype=np.uint8) if step == 4 else None)
     log.close()
+    time.sleep(1)  # TensorBoard reads its files in the order of their names, and these tell no more than the second
     # The checkpoint was that of step 6, and what came after it comes again, with another loss to tell them apart.
     log = Log.open(tmp_path, 6)
     log.add(progress(7, loss=7.0))

@@ -145,6 +145,13 @@ def test_middle_only_trains_no_zero_convolution_of_the_encoder(data: Dataset, tm
     assert all(not torch.equal(weights[key], base()[key]) for key in copied)
 
 
+def test_what_middle_only_leaves_out_adds_nothing_to_the_control_either(data: Dataset, tmp_path: Path):
+    fit(quick(middle_only=True, connections="gaussian", steps=1), data, tmp_path)
+    weights = trained(tmp_path)
+    assert not any(tensor.any() for key, tensor in weights.items() if key.startswith("zero_convs."))
+    assert weights["middle_block_out.0.weight"].std() > 0.05
+
+
 def test_gaussian_connections_change_the_base_from_the_first_step_on(data: Dataset, tmp_path: Path):
     zero = losses(fit(quick(steps=1), data, tmp_path / "zero"))
     gaussian = losses(fit(quick(steps=1, connections="gaussian"), data, tmp_path / "gaussian"))

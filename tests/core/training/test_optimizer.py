@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ def test_each_group_has_its_own_learning_rate_and_locked_parameters_are_in_none(
     assert adam.param_groups[1]["params"][0] is unet.weight
     unet.requires_grad_(False)
     assert len(make(options, control, unet).param_groups) == 1
+
+
+def test_without_a_fused_kernel_it_is_plain(monkeypatch: pytest.MonkeyPatch):
+    plain = torch.optim.AdamW
+
+    def without(groups: list[dict[str, Any]], fused: bool | None = None, **settings: Any) -> torch.optim.Optimizer:
+        if fused:
+            for group in groups:
+                group["fused"] = True  # as torch does before it looks at the device
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        return plain(groups, fused=fused, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", without)
+    layer = nn.Linear(2, 2)
+    adam = make(quick(weight_decay=0.1), layer, nn.Linear(2, 2).requires_grad_(False))
+    assert [(group["fused"], group["weight_decay"]) for group in adam.param_groups] == [(None, 0.1)]
+    layer(torch.ones(1, 2)).sum().backward()
+    before = layer.weight.clone()
+    adam.step()
+    assert not torch.equal(layer.weight, before)
 
 
 def test_8_bit_without_bitsandbytes_is_answered(monkeypatch: pytest.MonkeyPatch):

@@ -214,4 +214,4 @@ def test_three_kills(data: Dataset, tmp_path: Path):
 
 @pytest.mark.slow
 def test_twenty_kills(data: Dataset, tmp_path: Path):
-    killed(data, tmp_path, 20, seed=2, steps=150, sample_every=10, accumulation=2, ema=0.99, precision="bf16")
+    killed(data, tmp_path, 20, seed=2, steps=100, sample_every=50, ema=0.99, precision="bf16", schedule="linear")
