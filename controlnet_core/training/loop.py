@@ -84,7 +84,7 @@ def train(
             f"batch_size {options.batch_size} cannot be shared by {process.world} processes: choose a multiple"
         )
     fit(config, dataset)
-    held, learned = dataset.split(options.held_out if options.sample_every else 0, options.seed)
+    held, learned = dataset.split(options.held_out, options.seed)
     batches = Batches(dataset, learned, options.batch_size, options.seed)
     trainee = build(options, base, config, dataset.hint_channels)
     try:

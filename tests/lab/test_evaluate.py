@@ -134,7 +134,7 @@ def test_strength_zero_runs_no_control(model: LabModel, hints: dict[str, Tensor]
 def test_a_hint_is_encoded_once_and_both_halves_run_together(model: LabModel, hints: dict[str, Tensor]):
     encoded, sizes = [], []
     depth = model.controls["depth"]
-    depth.input_hint_block.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
+    depth.input_hint_block[0].register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
     depth.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     model.unet.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     noise = scene_noise([1, 2], 64)

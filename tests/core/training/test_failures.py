@@ -229,6 +229,7 @@ def test_what_a_killed_process_left_half_written_is_removed(data: Dataset, tmp_p
 
 
 def test_other_held_out_pictures_are_refused(data: Dataset, tmp_path: Path):
-    fit(quick(steps=2, sample_every=2), data, tmp_path)
+    fit(quick(steps=2, sample_every=0), data, tmp_path)
+    fit(quick(steps=3, sample_every=1), data, tmp_path)  # samples can be turned on later
     with pytest.raises(OptionsError, match=r"another choice of held-out pictures \(held_out\): give"):
-        fit(quick(steps=4, sample_every=0), data, tmp_path)
+        fit(quick(steps=4, held_out=1), data, tmp_path)
