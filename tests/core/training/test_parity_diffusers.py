@@ -168,7 +168,7 @@ def both(layout: str, prediction: str = "eps", **settings: Any) -> tuple[Peer, T
     """The peer and ours on the same seeded base, each with the control that it makes of it."""
     config = CONFIGS[layout]
     unet = base(layout)
-    plain = {"precision": "fp32", "sample_every": 0, "held_out": 0}
+    plain: dict[str, Any] = {"precision": "fp32", "sample_every": 0, "held_out": 0}
     options = TrainingOptions(batch_size=2, prediction=prediction, **plain, **settings)
     trainee = build(options, from_diffusers(unet.state_dict()), config, hint_channels=3)
     return Peer.make(unet, prediction), trainee, options
