@@ -13,24 +13,19 @@ from torch import Tensor
 from zeroconv.controlnet_core import diffusion
 from zeroconv.controlnet_core.controlnet import BaseMismatch
 from zeroconv.controlnet_core.loading import load_control, load_unet, read_weights
-from zeroconv.controlnet_core.training import fidelity, loop, trainee
+from zeroconv.controlnet_core.training import loop
 from zeroconv.controlnet_core.training.dataset import Batches, Dataset
-from zeroconv.controlnet_core.training.loop import Progress
 from zeroconv.controlnet_core.training.manifest import DatasetError
 from zeroconv.controlnet_core.training.options import OptionsError, TrainingOptions
-from zeroconv.controlnet_core.training.trainee import Trainee, build, contexts
+from zeroconv.controlnet_core.training.trainee import Trainee, build
 from zeroconv.controlnet_core.unet import UNet, UNetConfig
 
-from .tiny import CONFIG, base, dataset, equal, fit, quick, training
+from .tiny import CONFIG, base, dataset, equal, fit, losses, quick, training
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return dataset(tmp_path_factory.mktemp("data"))
-
-
-def losses(progresses: list[Progress]) -> list[float]:
-    return [progress.loss for progress in progresses if progress.loss is not None]
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
@@ -285,15 +280,6 @@ def test_empty_prompts_reach_the_network(data: Dataset, tmp_path: Path, monkeypa
         assert torch.equal(call[3], expected)
 
 
-def test_contexts_choose_per_example(data: Dataset):
-    batch = data.read([0, 1, 2])
-    found, pooled = contexts(batch, torch.tensor([True, False, True]), data.empty)
-    assert pooled is None
-    assert torch.equal(found[0], data.empty[0])
-    assert torch.equal(found[1], batch.context[1])
-    assert not torch.equal(found[2], batch.context[2])
-
-
 # -- precision and memory ---------------------------------------------------------------------------------------------
 
 
@@ -333,64 +319,6 @@ def test_bf16_keeps_what_is_locked_in_bf16_and_what_is_trained_in_fp32(
     assert {tensor.dtype for tensor in trained(tmp_path / "bf16").values()} == {torch.float32}
 
 
-# -- samples ----------------------------------------------------------------------------------------------------------
-
-
-def test_samples_come_from_the_same_noise_each_time_and_do_not_disturb_the_training(data: Dataset, tmp_path: Path):
-    often = fit(quick(sample_every=1, held_out=2), data, tmp_path / "often")
-    once = fit(quick(sample_every=4, held_out=2), data, tmp_path / "once")
-    assert losses(often) == losses(once)
-    first, again, last = often[0].samples, once[0].samples, often[-1].samples
-    assert first is not None
-    assert again is not None
-    assert last is not None
-    assert torch.equal(first, again)
-    assert not torch.equal(first, last)
-    assert len({progress.fidelity for progress in often}) == 5
-
-
-def test_a_fresh_control_samples_what_the_base_samples(data: Dataset, tmp_path: Path):
-    options = quick(steps=1, sample_every=1, guidance_scale=2.0)
-    first = fit(options, data, tmp_path)[0].samples
-    unet = UNet(CONFIG)
-    unet.load_state_dict(base())
-    batch = data.read(data.split(2, 0)[0])
-    noise = torch.stack(
-        [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(options.seed + i)) for i in range(2)]
-    )
-
-    def predict(x: Tensor, timesteps: Tensor) -> Tensor:
-        cond = unet(x, timesteps, batch.context)
-        uncond = unet(x, timesteps, data.empty[0].expand_as(batch.context))
-        return diffusion.guide(cond, uncond, 2.0)
-
-    assert first is not None
-    torch.testing.assert_close(
-        first, diffusion.sample_ddim(predict, noise, diffusion.alphas_cumprod(), 2), rtol=1e-4, atol=1e-4
-    )
-
-
-def test_structure_is_1_for_the_pictures_themselves_and_near_0_for_noise(data: Dataset):
-    batch = data.read([0, 1, 2])
-    assert fidelity.structure(batch.latents, batch) == pytest.approx(1)
-    assert fidelity.structure(-batch.latents, batch) == pytest.approx(1)
-    random = torch.Generator().manual_seed(2)
-    noise = [fidelity.structure(torch.randn(3, 4, 4, 4, generator=random), batch) for _ in range(50)]
-    assert abs(sum(noise) / 50) < 0.15
-
-
-def test_a_score_of_ones_own_is_asked(data: Dataset, tmp_path: Path):
-    asked = []
-
-    def score(samples: Tensor, batch: Any) -> float:
-        asked.append((samples.shape, batch.hints.shape))
-        return float(len(asked))
-
-    found = fit(quick(sample_every=4), data, tmp_path, score=score)
-    assert asked == [((2, 4, 4, 4), (2, 3, 32, 32))] * 2
-    assert [progress.fidelity for progress in found] == [1, None, None, None, 2]
-
-
 def test_no_samples_without_held_out_pictures(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     read = spy(monkeypatch)
     found = fit(quick(sample_every=2, held_out=0, steps=8), data, tmp_path)
@@ -419,19 +347,3 @@ def test_a_batch_that_processes_cannot_share_is_refused(data: Dataset, tmp_path:
     shared = loop.Process(0, 2)
     with pytest.raises(OptionsError, match="batch_size 3 cannot be shared by 2 processes: choose a multiple"):
         next(training(quick(batch_size=3), data, tmp_path, process=shared))
-
-
-def test_vectors_of_sdxl():
-    """Pooled text, then 6 numbers of 256 sinusoids each, as generative-models concatenates them."""
-    from types import SimpleNamespace
-
-    from zeroconv.controlnet_core.layers import timestep_embedding
-
-    sizes = torch.tensor([[1024, 768, 0, 16, 512, 512], [1, 2, 3, 4, 5, 6]], dtype=torch.int32)
-    pooled = torch.arange(6.0).reshape(2, 3)
-    found = trainee.vector(SimpleNamespace(sizes=sizes), pooled)  # type: ignore[arg-type]
-    assert found is not None
-    assert found.shape == (2, 3 + 6 * 256)
-    assert torch.equal(found[:, :3], pooled)
-    assert torch.equal(found[1, 3 + 256 : 3 + 512], timestep_embedding(torch.tensor([2.0]), 256)[0])
-    assert trainee.vector(SimpleNamespace(sizes=None), None) is None  # type: ignore[arg-type]

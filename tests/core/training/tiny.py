@@ -113,3 +113,8 @@ def left_alike(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(
         equal(ours[name][0], theirs[name][0]) and ours[name][1] == theirs[name][1] for name in ours
     )
+
+
+def losses(progresses: list[Progress]) -> list[float]:
+    """The loss of each step."""
+    return [progress.loss for progress in progresses if progress.loss is not None]
