@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..controlnet_core import diffusion
-from ..controlnet_core.training import caching, loop
-from ..controlnet_core.training.dataset import Dataset
+from ..controlnet_core.data import caching
+from ..controlnet_core.data.dataset import Dataset
+from ..controlnet_core.data.sources import Item
+from ..controlnet_core.networks.unet import SD15, UNet
+from ..controlnet_core.training import loop
 from ..controlnet_core.training.distributed import Process
 from ..controlnet_core.training.options import PRECISIONS, TrainingOptions
-from ..controlnet_core.training.sources import Item
-from ..controlnet_core.unet import SD15, UNet
 from ..devtools import DevError
 
 TOKENS = 77

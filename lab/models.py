@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..controlnet_core.unet import UNetConfig
+from ..controlnet_core.networks.unet import UNetConfig
 from .text_encoder import WIDTH
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..controlnet_core.controlnet import ControlNet
 from ..controlnet_core.diffusion import alphas_cumprod, guide, sample_ddim
-from ..controlnet_core.lite import ControlNetLite
-from ..controlnet_core.residuals import Residuals
-from ..controlnet_core.strength import Guidance, Strength
-from ..controlnet_core.unet import UNet
+from ..controlnet_core.dosing.strength import Guidance, Strength
+from ..controlnet_core.networks.controlnet import ControlNet
+from ..controlnet_core.networks.lite import ControlNetLite
+from ..controlnet_core.networks.residuals import Residuals
+from ..controlnet_core.networks.unet import UNet
 from .autoencoder import LATENT_SCALE, Autoencoder
 from .dataset import HINTS
 from .models import SIZE, UNET, control_name, device, load_weights

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..controlnet_core.controlnet import ControlNet, copy_encoder
 from ..controlnet_core.diffusion import add_noise, alphas_cumprod
-from ..controlnet_core.unet import UNet
+from ..controlnet_core.networks.controlnet import ControlNet, copy_encoder
+from ..controlnet_core.networks.unet import UNet
 from .autoencoder import LATENT_SCALE, Autoencoder, scale_latents
 from .dataset import load_shards, render_shards
 from .loop import fit

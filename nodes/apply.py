@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..controlnet_core.strength import GUIDANCE, UNITS
+from ..controlnet_core.dosing.strength import GUIDANCE, UNITS
 from .host import attach as host_attach
 from .host import stack as host_stack
 from .host.control import Options

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..controlnet_core.training.writer import CachingOptions
+from ..controlnet_core.data.writer import CachingOptions
 from ..lab.dataset import HELD_OUT
 from ..lab.folder import HINTS
 from .host import dataset

@@ -6,8 +6,8 @@ import re
 
 from comfy_api.latest import io, ui
 
-from ..controlnet_core.block_weights import LARGEST, PRESETS, SOFT, BlockWeights
-from ..controlnet_core.schedule import CURVES, SCHEDULE_UNITS, Schedule, ScheduleError, parse
+from ..controlnet_core.dosing.block_weights import LARGEST, PRESETS, SOFT, BlockWeights
+from ..controlnet_core.dosing.schedule import CURVES, SCHEDULE_UNITS, Schedule, ScheduleError, parse
 from . import apply, pictures
 
 CUSTOM = "custom"

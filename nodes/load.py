@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..controlnet_core.union import TYPES
+from ..controlnet_core.networks.union import TYPES
 from .host import files
 
 DTYPES = {

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..controlnet_core.record import Panel
-from ..controlnet_core.schedule import Schedule
+from ..controlnet_core.dosing.record import Panel
+from ..controlnet_core.dosing.schedule import Schedule
 
 BACKGROUND, PAPER, GRID, QUIET, TEXT = "#1f2126", "#2a2d33", "#43474f", "#a9afba", "#f1f3f5"
 LINE, DOT = "#ffb454", "#fff1dc"

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..controlnet_core.record import Record, table
+from ..controlnet_core.dosing.record import Record, table
 from . import pictures
 from .host import record as host_record
 

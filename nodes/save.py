@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..controlnet_core.controlnet import HINT_ENCODERS
+from ..controlnet_core.networks.controlnet import HINT_ENCODERS
 from .host import save
 
 DTYPES = {"as loaded": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -9,7 +9,7 @@ import pytest
 
 from zeroconv.annotators import ANNOTATORS
 from zeroconv.annotators.networks import NETWORKS
-from zeroconv.controlnet_core.formats import FORMATS
+from zeroconv.controlnet_core.files.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

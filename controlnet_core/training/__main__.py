@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..controlnet import BaseMismatch
+from ..data.dataset import Dataset
+from ..data.manifest import DatasetError
 from ..diffusion import alphas_cumprod
-from ..loading import LoadError, load_unet, read_weights
-from ..saving import SaveError
+from ..files.loading import LoadError, load_unet, read_weights
+from ..files.saving import SaveError
+from ..networks.controlnet import BaseMismatch
 from . import config
 from .config import ConfigError, Run
-from .dataset import Dataset
 from .distributed import DistributedError, Process, joined
 from .log import Log, LogError
 from .loop import Progress, TrainingStopped, train
-from .manifest import DatasetError
 from .options import MEANINGS, OptionsError, TrainingOptions
 from .plot import plot
 

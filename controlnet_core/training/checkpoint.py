@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.loading import LoadError, read_weights
+from ..files.saving import write
 from ..keys import Weights
-from ..loading import LoadError, read_weights
-from ..saving import write
 from .options import STRUCTURE, OptionsError, TrainingOptions
 
 log = logging.getLogger(__name__)

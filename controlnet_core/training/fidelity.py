@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.dataset import Batch
 from ..diffusion import guide, sample_ddim
-from .dataset import Batch
+from .controlled_unet import ControlledUNet, contexts, vector
 from .options import TrainingOptions
-from .trainee import Trainee, contexts, vector
 
 Score = Callable[[Tensor, Batch], float]
 """(sampled latents (B,4,h,w), the held-out items), on the CPU -> how well samples follow hints; higher is better."""
@@ -19,7 +19,7 @@ Score = Callable[[Tensor, Batch], float]
 
 @torch.no_grad()
 def sample(
-    trainee: Trainee,
+    controlled: ControlledUNet,
     batch: Batch,
     nothing: tuple[Tensor, Tensor | None],
     alphas: Tensor,
@@ -39,11 +39,11 @@ def sample(
     context = torch.cat([context for context, _ in halves])
     y = [vector(batch, pooled) for _, pooled in halves]
     ys = None if y[0] is None else torch.cat([part for part in y if part is not None])
-    guided_hint = trainee.control.encode_hint(batch.hints).repeat(len(halves), 1, 1, 1)
+    guided_hint = controlled.control.encode_hint(batch.hints).repeat(len(halves), 1, 1, 1)
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
         n = len(halves)
-        found = trainee.predict(x.repeat(n, 1, 1, 1), timesteps.repeat(n), context, guided_hint, ys).float()
+        found = controlled.predict(x.repeat(n, 1, 1, 1), timesteps.repeat(n), context, guided_hint, ys).float()
         if not guided:
             return found
         cond, uncond = found.chunk(2)

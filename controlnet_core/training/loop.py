@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import saving
+from ..data.dataset import Batches, Dataset
+from ..data.manifest import DatasetError
 from ..diffusion import add_noise
+from ..files import saving
 from ..keys import State
-from ..unet import UNetConfig
+from ..networks.unet import UNetConfig
 from . import checkpoint, objective, optimizer
 from .checkpoint import Checkpoint
+from .controlled_unet import ControlledUNet, build, contexts, moved, vector
 from .convergence import sudden_convergence
-from .dataset import Batches, Dataset
 from .distributed import ALONE, DistributedError, Process
 from .fidelity import Score, sample, structure
-from .manifest import DatasetError
 from .options import OptionsError, TrainingOptions
-from .trainee import Trainee, build, contexts, moved, vector
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ def train(
     fit(config, dataset)
     held, learned = dataset.split(options.held_out, options.seed)
     batches = Batches(dataset, learned, options.batch_size, options.seed)
-    trainee = build(options, base, config, dataset.hint_channels)
+    controlled = build(options, base, config, dataset.hint_channels)
     try:
-        trainee = trainee.to(device)
+        controlled = controlled.to(device)
     except torch.cuda.OutOfMemoryError as error:
         raise TrainingStopped(
             f"the networks alone do not fit into the memory of {device}. Free what else is there, or choose kind "
@@ -99,20 +99,20 @@ def train(
     share = options.batch_size // process.world
     mine = slice(process.rank * share, (process.rank + 1) * share)
 
-    trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in controlled.named_parameters() if p.requires_grad}
     names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
-    adam = optimizer.make(options, trainee.control, trainee.unet)
+    adam = optimizer.make(options, controlled.control, controlled.unet)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     mixed = torch.autocast(device.type, options.dtype) if options.dtype != torch.float32 else nullcontext()
     shared: nn.Module = (
-        trainee if process.world == 1 else DistributedDataParallel(trainee, gradient_as_bucket_view=True)
+        controlled if process.world == 1 else DistributedDataParallel(controlled, gradient_as_bucket_view=True)
     )
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step, seconds, measured = 0, 0.0, []
     facts: dict[str, Any] = {"base": fingerprint(base), "data": dataset.fingerprint, "held": held}
-    del base  # the trainee has its own
+    del base  # the controlled has its own
     checkpoints = folder / "checkpoints"
     if process.rank == 0:
         checkpoint.clean(folder)
@@ -169,7 +169,7 @@ def train(
         fidelity, samples = None, None
         if due(options, step) and held and (loss is not None or step == 0):
             with mixed:
-                samples = sample(trainee, moved(dataset.read(held), device), nothing, alphas, options).cpu()
+                samples = sample(controlled, moved(dataset.read(held), device), nothing, alphas, options).cpu()
             fidelity = score(samples, dataset.read(held))
             measured.append((step, fidelity))
             mark = _mark(measured)
@@ -239,7 +239,7 @@ def train(
             f"{advice(options)}"
         ) from error
     if process.rank == 0:
-        write_control(folder, trainee, averages, options, step)
+        write_control(folder, controlled, averages, options, step)
 
 
 def fit(config: UNetConfig, dataset: Dataset) -> None:
@@ -269,16 +269,18 @@ def due(options: TrainingOptions, step: int) -> bool:
     return options.sample_every > 0 and (step % options.sample_every == 0 or step == options.steps)
 
 
-def write_control(folder: Path, trainee: Trainee, averages: State, options: TrainingOptions, step: int) -> Path:
+def write_control(
+    folder: Path, controlled: ControlledUNet, averages: State, options: TrainingOptions, step: int
+) -> Path:
     """The trained control as `control.safetensors`, with averaged weights where there are any.
 
     With an unlocked decoder the whole UNet too, as `unet.safetensors` with the names of a checkpoint.
     """
-    trainee.load_state_dict(dict(averages), strict=False)
+    controlled.load_state_dict(dict(averages), strict=False)
     facts = {"trained_steps": str(step), "prediction": options.prediction}
-    saving.write(folder / "control.safetensors", *saving.to_file(trainee.control, metadata=facts))
+    saving.write(folder / "control.safetensors", *saving.to_file(controlled.control, metadata=facts))
     if options.unlock_decoder:
-        weights = {f"model.diffusion_model.{key}": tensor for key, tensor in trainee.unet.state_dict().items()}
+        weights = {f"model.diffusion_model.{key}": tensor for key, tensor in controlled.unet.state_dict().items()}
         saving.write(folder / "unet.safetensors", weights)
     return folder / "control.safetensors"
 

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from ..controlnet import CONNECTIONS, HINT_ENCODERS
+from ..networks.controlnet import CONNECTIONS, HINT_ENCODERS
 
 KINDS = ("controlnet", "control_lora", "lite")
 PREDICTIONS = ("eps", "v")

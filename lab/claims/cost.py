@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ...controlnet_core.networks.unet import UNet, UNetConfig
+from ...controlnet_core.training.controlled_unet import build
 from ...controlnet_core.training.options import TrainingOptions
-from ...controlnet_core.training.trainee import build
-from ...controlnet_core.unet import UNet, UNetConfig
 from ..models import UNET
 from .claim import Findings, Work, table
 
@@ -114,7 +114,7 @@ class _Counter(TorchDispatchMode):
     """Counts the operations of linear layers and convolutions by torch's formulas.
 
     Its own FlopCounterMode watches modules too, which fails where a backward pass computes a forward one again
-    (`controlnet_core/lean.py`).
+    (`controlnet_core/networks/recompute.py`).
     """
 
     def __init__(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...controlnet_core.strength import Guidance
+from ...controlnet_core.dosing.strength import Guidance
 from ..evaluate import held_out
 from ..pipeline import LabModel
 from ..sheet import contact_sheet

@@ -16,18 +16,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...controlnet_core.controlnet import ControlNet
+from ...controlnet_core.data.caching import CachingOptions, make
+from ...controlnet_core.data.dataset import Batch, Dataset
+from ...controlnet_core.data.sources import Item
 from ...controlnet_core.diffusion import alphas_cumprod
-from ...controlnet_core.lite import ControlNetLite
-from ...controlnet_core.loading import load_control, read_weights
-from ...controlnet_core.training.caching import CachingOptions, make
+from ...controlnet_core.files.loading import load_control, read_weights
+from ...controlnet_core.networks.controlnet import ControlNet
+from ...controlnet_core.networks.lite import ControlNetLite
 from ...controlnet_core.training.checkpoint import newest
 from ...controlnet_core.training.convergence import sudden_convergence
-from ...controlnet_core.training.dataset import Batch, Dataset
 from ...controlnet_core.training.log import Log
 from ...controlnet_core.training.loop import train
 from ...controlnet_core.training.options import TrainingOptions
-from ...controlnet_core.training.sources import Item
 from ..autoencoder import LATENT_SCALE
 from ..dataset import HELD_OUT, load_shards, render_arrays, render_shards
 from ..evaluate import HeldOut, held_out, judge

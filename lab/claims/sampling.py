@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...controlnet_core.strength import Guidance
+from ...controlnet_core.dosing.strength import Guidance
 from ..evaluate import HeldOut, judge
 from ..pipeline import GUIDANCE_SCALE, LabModel, scene_noise
 from ..segmenter import Segmenter

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...controlnet_core import saving
-from ...controlnet_core.controlnet import ControlNet
 from ...controlnet_core.diffusion import add_noise, alphas_cumprod
-from ...controlnet_core.unet import UNet
+from ...controlnet_core.files import saving
+from ...controlnet_core.networks.controlnet import ControlNet
+from ...controlnet_core.networks.unet import UNet
 from ..dataset import load_shards, render_shards
 from ..evaluate import held_out
 from ..loop import fit

@@ -15,13 +15,13 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...controlnet_core import injection
-from ...controlnet_core.block_weights import BlockWeights
+from ...controlnet_core.dosing.block_weights import BlockWeights
+from ...controlnet_core.dosing.schedule import Schedule
+from ...controlnet_core.dosing.strength import Dose, Guidance, Strength, Unit, Window
 from ...controlnet_core.keys import times
-from ...controlnet_core.residuals import Residuals
-from ...controlnet_core.schedule import Schedule
-from ...controlnet_core.strength import Dose, Guidance, Strength, Unit, Window
-from ...controlnet_core.unet import UNetConfig
+from ...controlnet_core.networks import injection
+from ...controlnet_core.networks.residuals import Residuals
+from ...controlnet_core.networks.unet import UNetConfig
 from .resize import Resize, resize
 
 HALVES = "zeroconv_halves"

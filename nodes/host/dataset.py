@@ -19,13 +19,13 @@ from torch import Tensor
 from ...annotators import ANNOTATORS, pipeline
 from ...annotators.compare import resized
 from ...annotators.images import AnnotatorError, to_bytes, to_picture
-from ...controlnet_core.training import caching, sources
-from ...controlnet_core.training.caching import Annotate, Caching
-from ...controlnet_core.training.dataset import Dataset
-from ...controlnet_core.training.manifest import NAME, DatasetError
-from ...controlnet_core.training.pictures import PictureError
-from ...controlnet_core.training.sources import Item, Skipped
-from ...controlnet_core.training.writer import CachingOptions, EncodePictures, EncodePrompt
+from ...controlnet_core.data import caching, sources
+from ...controlnet_core.data.caching import Annotate, Caching
+from ...controlnet_core.data.dataset import Dataset
+from ...controlnet_core.data.manifest import NAME, DatasetError
+from ...controlnet_core.data.pictures import PictureError
+from ...controlnet_core.data.sources import Item, Skipped
+from ...controlnet_core.data.writer import CachingOptions, EncodePictures, EncodePrompt
 from ...lab.folder import PROMPTS, render_folder
 from . import annotators as host_annotators
 from .models import unet_config

@@ -13,14 +13,14 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...controlnet_core.control_lora import MARKER, ControlLora
-from ...controlnet_core.controlnet import ControlNet
-from ...controlnet_core.formats import OTHER_PARTS
-from ...controlnet_core.lite import ControlNetLite
-from ...controlnet_core.lllite import ControlLLLite
-from ...controlnet_core.loading import LoadedControl, load_control, read_weights, usual_dtype
-from ...controlnet_core.t2i_adapter import T2IAdapter
-from ...controlnet_core.union import UnionControlNet
+from ...controlnet_core.files.formats import OTHER_PARTS
+from ...controlnet_core.files.loading import LoadedControl, load_control, read_weights, usual_dtype
+from ...controlnet_core.networks.control_lora import MARKER, ControlLora
+from ...controlnet_core.networks.controlnet import ControlNet
+from ...controlnet_core.networks.lite import ControlNetLite
+from ...controlnet_core.networks.lllite import ControlLLLite
+from ...controlnet_core.networks.t2i_adapter import T2IAdapter
+from ...controlnet_core.networks.union import UnionControlNet
 from ...lab.models import CONTROLS
 from .lllite import LLLiteControl
 from .models import dtypes, patcher_of

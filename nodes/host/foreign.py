@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ...controlnet_core import injection
-from ...controlnet_core.configuration import ConfigurationError, describe_mismatch, read_unet_config
-from ...controlnet_core.residuals import Residuals
-from ...controlnet_core.unet import UNetConfig
+from ...controlnet_core.networks import injection
+from ...controlnet_core.networks.configuration import ConfigurationError, describe_mismatch, read_unet_config
+from ...controlnet_core.networks.residuals import Residuals
+from ...controlnet_core.networks.unet import UNetConfig
 from .control import Control, ControlError, Step
 from .models import unet_config
 from .resize import resize

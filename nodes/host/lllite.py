@@ -8,10 +8,10 @@ from typing import Any
 import comfy.patcher_extension
 from torch import Tensor
 
-from ...controlnet_core.injection import HostControl
-from ...controlnet_core.lllite import PREFIX, LLLiteError, hooked, targets
-from ...controlnet_core.strength import Dose
-from ...controlnet_core.unet import UNetConfig
+from ...controlnet_core.dosing.strength import Dose
+from ...controlnet_core.networks.injection import HostControl
+from ...controlnet_core.networks.lllite import PREFIX, LLLiteError, hooked, targets
+from ...controlnet_core.networks.unet import UNetConfig
 from .control import RECORD, ControlError, Step
 from .models import unet_config
 from .networks import NetworkControl

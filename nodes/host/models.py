@@ -9,7 +9,7 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
-from ...controlnet_core.unet import UNetConfig
+from ...controlnet_core.networks.unet import UNetConfig
 
 
 class ModelError(ValueError):

@@ -8,10 +8,10 @@ import comfy.controlnet
 import torch
 from torch import Tensor
 
-from ...controlnet_core.loading import LoadedControl
-from ...controlnet_core.residuals import Residuals
-from ...controlnet_core.unet import UNetConfig
-from ...controlnet_core.union import TYPES
+from ...controlnet_core.files.loading import LoadedControl
+from ...controlnet_core.networks.residuals import Residuals
+from ...controlnet_core.networks.unet import UNetConfig
+from ...controlnet_core.networks.union import TYPES
 from .control import Control, ControlError, Step
 from .models import unet_config
 

@@ -8,9 +8,9 @@ from typing import Any
 import comfy.patcher_extension
 from torch import Tensor
 
-from ...controlnet_core import injection
-from ...controlnet_core.record import TOGETHER, Record, RecordError, power
-from ...controlnet_core.residuals import Residuals
+from ...controlnet_core.dosing.record import TOGETHER, Record, RecordError, power
+from ...controlnet_core.networks import injection
+from ...controlnet_core.networks.residuals import Residuals
 from .control import RECORD
 from .models import unet_config
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...controlnet_core.block_weights import BlockWeightsError
-from ...controlnet_core.configuration import family
-from ...controlnet_core.control_lora import ControlLora
-from ...controlnet_core.controlnet import ControlNet
-from ...controlnet_core.lite import ControlNetLite
-from ...controlnet_core.lllite import ControlLLLite
-from ...controlnet_core.t2i_adapter import T2IAdapter
-from ...controlnet_core.unet import SD15, SD21, SDXL, UNetConfig
-from ...controlnet_core.union import TYPES, UnionControlNet
+from ...controlnet_core.dosing.block_weights import BlockWeightsError
+from ...controlnet_core.networks.configuration import family
+from ...controlnet_core.networks.control_lora import ControlLora
+from ...controlnet_core.networks.controlnet import ControlNet
+from ...controlnet_core.networks.lite import ControlNetLite
+from ...controlnet_core.networks.lllite import ControlLLLite
+from ...controlnet_core.networks.t2i_adapter import T2IAdapter
+from ...controlnet_core.networks.unet import SD15, SD21, SDXL, UNetConfig
+from ...controlnet_core.networks.union import TYPES, UnionControlNet
 from .control import ControlError
 from .models import ModelError, unet_config
 from .networks import NetworkControl, UnionControl

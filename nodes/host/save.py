@@ -11,9 +11,9 @@ import comfy.model_management
 import folder_paths
 import torch
 
-from ...controlnet_core import saving
-from ...controlnet_core.loading import load_control, usual_dtype
-from ...controlnet_core.saving import SaveError
+from ...controlnet_core.files import saving
+from ...controlnet_core.files.loading import load_control, usual_dtype
+from ...controlnet_core.files.saving import SaveError
 from ...lab.models import CONTROLS
 from .models import dtypes, patcher_of, unet_config
 from .networks import ControlNetControl

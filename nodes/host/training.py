@@ -16,17 +16,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...controlnet_core import saving
+from ...controlnet_core.data.dataset import Dataset
+from ...controlnet_core.data.manifest import DatasetError
+from ...controlnet_core.data.writer import SAME_ENCODER, off_by, probe_picture
 from ...controlnet_core.diffusion import alphas_cumprod
-from ...controlnet_core.loading import read_weights
+from ...controlnet_core.files import saving
+from ...controlnet_core.files.loading import read_weights
+from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.training import checkpoint, loop
-from ...controlnet_core.training.dataset import Dataset
 from ...controlnet_core.training.distributed import Process
 from ...controlnet_core.training.fidelity import structure
-from ...controlnet_core.training.manifest import DatasetError
 from ...controlnet_core.training.options import OptionsError, TrainingOptions
-from ...controlnet_core.training.writer import SAME_ENCODER, off_by, probe_picture
-from ...controlnet_core.unet import UNetConfig
 from . import files
 from .dataset import PLACE, encoders, folder_of
 from .models import ModelError, unet_config

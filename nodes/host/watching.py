@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ...annotators.compare import compare
 from ...annotators.measure import SCORES, kind_of
-from ...controlnet_core import saving
-from ...controlnet_core.loading import read_weights
-from ...controlnet_core.training.dataset import Batch, Dataset
+from ...controlnet_core.data.dataset import Batch, Dataset
+from ...controlnet_core.data.manifest import DatasetError
+from ...controlnet_core.data.pictures import PictureError
+from ...controlnet_core.files import saving
+from ...controlnet_core.files.loading import read_weights
 from ...controlnet_core.training.fidelity import Score
 from ...controlnet_core.training.log import Log, duration
 from ...controlnet_core.training.loop import Progress
-from ...controlnet_core.training.manifest import DatasetError
 from ...controlnet_core.training.options import TrainingOptions
-from ...controlnet_core.training.pictures import PictureError
 from ...controlnet_core.training.plot import plot
 from ...lab.sheet import contact_sheet
 from .dataset import annotator

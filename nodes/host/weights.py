@@ -8,8 +8,8 @@ import comfy.lora
 import torch
 from torch import Tensor
 
-from ...controlnet_core.control_lora import BORROWED
-from ...controlnet_core.loading import LoadedControl, LoadError, load_control
+from ...controlnet_core.files.loading import LoadedControl, LoadError, load_control
+from ...controlnet_core.networks.control_lora import BORROWED
 from .control import ControlError
 from .foreign import ForeignControl
 from .networks import NetworkControl

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.controlnet import ControlNet
-from zeroconv.controlnet_core.residuals import Residuals
-from zeroconv.controlnet_core.unet import SD15, SD21, SDXL, UNet, UNetConfig
+from zeroconv.controlnet_core.networks.controlnet import ControlNet
+from zeroconv.controlnet_core.networks.residuals import Residuals
+from zeroconv.controlnet_core.networks.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
 FULL = {"SD1.x": SD15, "SD2.x": SD21, "SDXL": SDXL}
 SMALL = {

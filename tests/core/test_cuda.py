@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zeroconv.controlnet_core.controlnet import ControlNet, copy_encoder
 from zeroconv.controlnet_core.diffusion import add_noise, alphas_cumprod, sample_ddim
+from zeroconv.controlnet_core.networks.controlnet import ControlNet, copy_encoder
+from zeroconv.controlnet_core.networks.unet import SD15, UNet
 from zeroconv.controlnet_core.training.distributed import Process
-from zeroconv.controlnet_core.unet import SD15, UNet
 
 from .small import SMALL, TINY, assert_within, inputs, randomise_zeros, relative_change, seeded, tensors
 from .training.tiny import dataset, fit, quick

@@ -6,12 +6,12 @@ from typing import Any
 
 from graphs import CONTEXT, POOLED
 
-from zeroconv.controlnet_core.control_lora import ControlLora
-from zeroconv.controlnet_core.lite import ControlNetLite
-from zeroconv.controlnet_core.lllite import ControlLLLite, LLLite
-from zeroconv.controlnet_core.t2i_adapter import AdapterConfig, T2IAdapter
-from zeroconv.controlnet_core.unet import UNetConfig
-from zeroconv.controlnet_core.union import UnionControlNet
+from zeroconv.controlnet_core.networks.control_lora import ControlLora
+from zeroconv.controlnet_core.networks.lite import ControlNetLite
+from zeroconv.controlnet_core.networks.lllite import ControlLLLite, LLLite
+from zeroconv.controlnet_core.networks.t2i_adapter import AdapterConfig, T2IAdapter
+from zeroconv.controlnet_core.networks.unet import UNetConfig
+from zeroconv.controlnet_core.networks.union import UnionControlNet
 
 SDXL = UNetConfig(
     model_channels=64,

@@ -273,7 +273,7 @@ def test_low_vram(host: Host, monkeypatch: pytest.MonkeyPatch, family: str, lora
 def test_no_network_is_built_for_a_run(host: Host, monkeypatch: pytest.MonkeyPatch):
     import comfy.cldm.cldm
 
-    from zeroconv.controlnet_core.unet import Encoder
+    from zeroconv.controlnet_core.networks.unet import Encoder
 
     built = []
     for kind in (comfy.cldm.cldm.ControlNet, Encoder):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hosting import Host
 
 from zeroconv.annotators.canny import canny
-from zeroconv.controlnet_core.training.dataset import Dataset
+from zeroconv.controlnet_core.data.dataset import Dataset
 from zeroconv.lab.models import WEIGHTS
 
 pytestmark = [

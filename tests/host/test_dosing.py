@@ -11,9 +11,9 @@ import torch
 from graphs import MOVES, WAYS, Control, Run, Scene, assert_same, latent, moved, off_by
 from torch import Tensor
 
-from zeroconv.controlnet_core.block_weights import BlockWeights
-from zeroconv.controlnet_core.record import Panel, Row
-from zeroconv.controlnet_core.schedule import CURVES, Keyframe, Schedule
+from zeroconv.controlnet_core.dosing.block_weights import BlockWeights
+from zeroconv.controlnet_core.dosing.record import Panel, Row
+from zeroconv.controlnet_core.dosing.schedule import CURVES, Keyframe, Schedule
 
 if TYPE_CHECKING:
     from hosting import Host

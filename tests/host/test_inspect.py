@@ -9,11 +9,11 @@ import torch
 from kinds import OTHERS
 from safetensors.torch import save_file
 
-from zeroconv.controlnet_core.control_lora import ControlLora
-from zeroconv.controlnet_core.controlnet import ControlNet
-from zeroconv.controlnet_core.saving import to_difference_file, to_file
-from zeroconv.controlnet_core.t2i_adapter import AdapterConfig, T2IAdapter
-from zeroconv.controlnet_core.union import TYPES
+from zeroconv.controlnet_core.files.saving import to_difference_file, to_file
+from zeroconv.controlnet_core.networks.control_lora import ControlLora
+from zeroconv.controlnet_core.networks.controlnet import ControlNet
+from zeroconv.controlnet_core.networks.t2i_adapter import AdapterConfig, T2IAdapter
+from zeroconv.controlnet_core.networks.union import TYPES
 
 if TYPE_CHECKING:
     from hosting import Host

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 if TYPE_CHECKING:
     from hosting import Host
 
-from zeroconv.controlnet_core import injection
-from zeroconv.controlnet_core.controlnet import ControlNet, copy_encoder
-from zeroconv.controlnet_core.unet import UNet
+from zeroconv.controlnet_core.networks import injection
+from zeroconv.controlnet_core.networks.controlnet import ControlNet, copy_encoder
+from zeroconv.controlnet_core.networks.unet import UNet
 from zeroconv.lab.autoencoder import LATENT_SCALE, Autoencoder
 from zeroconv.lab.models import CONTROLS, UNET, WEIGHTS, load_weights
 from zeroconv.lab.text_encoder import TextEncoder

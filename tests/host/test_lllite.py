@@ -19,7 +19,7 @@ from graphs import MOVES, STEPS, WAYS, Control, Run, Scene, assert_same, latent,
 from test_integrity import ENDINGS, assert_unchanged, shape_of, snapshot, spoil
 from torch import Tensor, nn
 
-from ..core.test_lllite import delta_by_hand, everything, file_for, layer_state, published
+from ..core.networks.test_lllite import delta_by_hand, everything, file_for, layer_state, published
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -177,7 +177,7 @@ def test_no_more_unet_calls(host: Host, states: dict[str, dict[str, Tensor]]):
 @pytest.mark.parametrize("guidance", ["both", "cond_only"])
 def test_a_record_has_the_shift_of_each_blocks_layers(host: Host, states: dict[str, dict[str, Tensor]], guidance: str):
     """Relative to what the layers are given; the first step doubles with the strength, and the latent is the same."""
-    from zeroconv.controlnet_core.record import Row
+    from zeroconv.controlnet_core.dosing.record import Row
 
     def recorded(strength: float) -> tuple[Run, Row]:
         control = Control("lines", strength=strength, options={"guidance": guidance})
@@ -435,7 +435,7 @@ def test_a_model_that_skips_a_block(host: Host, states: dict[str, dict[str, Tens
 
 
 def test_a_node_that_merges_tokens(host: Host, states: dict[str, dict[str, Tensor]]):
-    from zeroconv.controlnet_core.lllite import LLLiteError
+    from zeroconv.controlnet_core.networks.lllite import LLLiteError
 
     model = host.model("sdxl").clone()
     model.set_model_attn1_patch(lambda q, k, v, _: (q[:, ::2], k, v))

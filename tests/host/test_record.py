@@ -13,7 +13,7 @@ import torch
 from graphs import STEPS, Control, Run, Scene, latent, moved
 from torch import Tensor
 
-from zeroconv.controlnet_core.record import TOGETHER, Record, Row
+from zeroconv.controlnet_core.dosing.record import TOGETHER, Record, Row
 
 if TYPE_CHECKING:
     from hosting import Host

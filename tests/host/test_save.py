@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zeroconv.controlnet_core.control_lora import BORROWED
-from zeroconv.controlnet_core.saving import to_file
-from zeroconv.controlnet_core.union import UnionControlNet
+from zeroconv.controlnet_core.files.saving import to_file
+from zeroconv.controlnet_core.networks.control_lora import BORROWED
+from zeroconv.controlnet_core.networks.union import UnionControlNet
 
 if TYPE_CHECKING:
     from hosting import Host

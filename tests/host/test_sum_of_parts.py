@@ -10,9 +10,9 @@ import torch
 from graphs import CONTEXT, MOVES, TOLERANCE, WAYS, Control, Run, Scene, moved, off_by, picture
 from torch import Tensor
 
-from zeroconv.controlnet_core.block_weights import BlockWeights
-from zeroconv.controlnet_core.residuals import Residuals
-from zeroconv.controlnet_core.schedule import Keyframe, Schedule
+from zeroconv.controlnet_core.dosing.block_weights import BlockWeights
+from zeroconv.controlnet_core.dosing.schedule import Keyframe, Schedule
+from zeroconv.controlnet_core.networks.residuals import Residuals
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -58,7 +58,7 @@ def stack(host: Host, entries: list[dict[str, Any]]) -> list:
 
 def handed_over(host: Host, family: str, entries: list[dict[str, Any]]) -> Residuals:
     """What the UNet is given by a stack of these entries at one call of it, both halves of guidance at once."""
-    from zeroconv.controlnet_core.injection import from_host_control
+    from zeroconv.controlnet_core.networks.injection import from_host_control
     from zeroconv.nodes.host.stack import controls
 
     chain: Any = None

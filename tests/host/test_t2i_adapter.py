@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hosting import Host
 
-from zeroconv.controlnet_core.t2i_adapter import AdapterConfig, T2IAdapter, to_diffusers
+from zeroconv.controlnet_core.networks.t2i_adapter import AdapterConfig, T2IAdapter, to_diffusers
 
 # The host's loader takes a full adapter's channels to be c, 2c, 4c, 4c; these models have them where features go.
 CHANNELS = (64, 128, 256, 256)

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from zeroconv.annotators.compare import compare
+from zeroconv.controlnet_core.data.caching import CachingOptions, make
+from zeroconv.controlnet_core.data.dataset import Dataset
+from zeroconv.controlnet_core.data.sources import Item
 from zeroconv.controlnet_core.diffusion import alphas_cumprod
 from zeroconv.controlnet_core.training import checkpoint, loop
-from zeroconv.controlnet_core.training.caching import CachingOptions, make
-from zeroconv.controlnet_core.training.dataset import Dataset
+from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
 from zeroconv.controlnet_core.training.options import TrainingOptions
-from zeroconv.controlnet_core.training.sources import Item
-from zeroconv.controlnet_core.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -289,7 +289,7 @@ def test_cancel_keeps_everything_and_the_next_queue_goes_on(
     import comfy.model_management
 
     def trainees() -> set[int]:
-        return {id(thing) for thing in gc.get_objects() if type(thing) is Trainee}
+        return {id(thing) for thing in gc.get_objects() if type(thing) is ControlledUNet}
 
     before, others = weights_of(model), trainees()
     with monkeypatch.context() as patch:

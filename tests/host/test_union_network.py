@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.residuals import Residuals
-from zeroconv.controlnet_core.union import TYPES, UnionControlNet, build
+from zeroconv.controlnet_core.networks.residuals import Residuals
+from zeroconv.controlnet_core.networks.union import TYPES, UnionControlNet, build
 
 if TYPE_CHECKING:
     from hosting import Host

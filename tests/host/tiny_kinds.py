@@ -6,12 +6,12 @@ import torch
 from tiny_models import randomise, unet_config
 from torch import Tensor
 
-from zeroconv.controlnet_core.control_lora import ControlLora, to_control_lora
-from zeroconv.controlnet_core.formats import to_diffusers
-from zeroconv.controlnet_core.lite import ControlNetLite
-from zeroconv.controlnet_core.t2i_adapter import SOCKETS, AdapterConfig, T2IAdapter
-from zeroconv.controlnet_core.unet import UNetConfig
-from zeroconv.controlnet_core.union import UnionControlNet
+from zeroconv.controlnet_core.files.formats import to_diffusers
+from zeroconv.controlnet_core.networks.control_lora import ControlLora, to_control_lora
+from zeroconv.controlnet_core.networks.lite import ControlNetLite
+from zeroconv.controlnet_core.networks.t2i_adapter import SOCKETS, AdapterConfig, T2IAdapter
+from zeroconv.controlnet_core.networks.unet import UNetConfig
+from zeroconv.controlnet_core.networks.union import UnionControlNet
 
 State = dict[str, Tensor]
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.controlnet import ControlNet
-from zeroconv.controlnet_core.lite import ControlNetLite
-from zeroconv.controlnet_core.residuals import Residuals
+from zeroconv.controlnet_core.networks.controlnet import ControlNet
+from zeroconv.controlnet_core.networks.lite import ControlNetLite
+from zeroconv.controlnet_core.networks.residuals import Residuals
 from zeroconv.lab import commands, dataset
 from zeroconv.lab.autoencoder import Autoencoder
 from zeroconv.lab.claims import claim as claims

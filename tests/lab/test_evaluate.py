@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.controlnet import ControlNet, copy_encoder
-from zeroconv.controlnet_core.unet import UNet
+from zeroconv.controlnet_core.networks.controlnet import ControlNet, copy_encoder
+from zeroconv.controlnet_core.networks.unet import UNet
 from zeroconv.lab import commands, evaluate, models, pipeline
 from zeroconv.lab.autoencoder import Autoencoder
 from zeroconv.lab.evaluate import BOUNDS, SETTINGS, Scores, held_out, iou, judge, verdicts

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zeroconv.controlnet_core.training import pictures, sources
+from zeroconv.controlnet_core.data import pictures, sources
 from zeroconv.lab import folder as folders
 from zeroconv.lab.dataset import HELD_OUT
 from zeroconv.lab.folder import HINTS, render_folder

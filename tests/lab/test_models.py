@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from zeroconv.controlnet_core.controlnet import ControlNet
-from zeroconv.controlnet_core.unet import UNet
+from zeroconv.controlnet_core.networks.controlnet import ControlNet
+from zeroconv.controlnet_core.networks.unet import UNet
 from zeroconv.lab.autoencoder import LATENT_SCALE, Autoencoder, scale_latents
 from zeroconv.lab.dataset import HINTS
 from zeroconv.lab.evaluate import evaluate, held_out

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.controlnet import ControlNet
-from zeroconv.controlnet_core.unet import UNet
+from zeroconv.controlnet_core.networks.controlnet import ControlNet
+from zeroconv.controlnet_core.networks.unet import UNet
 from zeroconv.lab import commands, dataset, loop, models, train
 from zeroconv.lab.autoencoder import Autoencoder
 from zeroconv.lab.loop import fit

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from zeroconv.controlnet_core import saving
+from zeroconv.controlnet_core.data.dataset import Dataset
 from zeroconv.controlnet_core.diffusion import alphas_cumprod
-from zeroconv.controlnet_core.loading import LoadError, read_weights
+from zeroconv.controlnet_core.files import saving
+from zeroconv.controlnet_core.files.loading import LoadError, read_weights
 from zeroconv.controlnet_core.training import checkpoint
 from zeroconv.controlnet_core.training.checkpoint import Checkpoint
-from zeroconv.controlnet_core.training.dataset import Dataset
 from zeroconv.controlnet_core.training.loop import train
 from zeroconv.controlnet_core.training.options import STRUCTURE, OptionsError
 

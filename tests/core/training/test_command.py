@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from zeroconv.controlnet_core.loading import read_weights
+from zeroconv.controlnet_core.files.loading import read_weights
 from zeroconv.controlnet_core.training import __main__ as command
 from zeroconv.controlnet_core.training import checkpoint, config
 from zeroconv.controlnet_core.training.config import ConfigError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroconv.controlnet_core.loading import read_weights
+from zeroconv.controlnet_core.files.loading import read_weights
 from zeroconv.controlnet_core.training import __main__ as command
 from zeroconv.controlnet_core.training import checkpoint
 from zeroconv.controlnet_core.training.distributed import ALONE, DistributedError, Process, described, joined

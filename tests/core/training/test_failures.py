@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core import saving
-from zeroconv.controlnet_core.saving import SaveError
+from zeroconv.controlnet_core.data.dataset import Batch, Dataset
+from zeroconv.controlnet_core.files import saving
+from zeroconv.controlnet_core.files.saving import SaveError
 from zeroconv.controlnet_core.training import checkpoint, objective
-from zeroconv.controlnet_core.training.dataset import Batch, Dataset
+from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
 from zeroconv.controlnet_core.training.loop import TrainingStopped, advice
 from zeroconv.controlnet_core.training.options import OptionsError
-from zeroconv.controlnet_core.training.trainee import Trainee
 
 from .tiny import dataset, fit, quick, training
 
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_at_the_end_loses_no_step(data: Dataset, tmp_path: P
 def test_out_of_memory_says_what_to_lower(
     data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ):
-    monkeypatch.setattr(Trainee, "forward", at_call(Trainee.forward, 4, raising(error)))
+    monkeypatch.setattr(ControlledUNet, "forward", at_call(ControlledUNet.forward, 4, raising(error)))
     with pytest.raises(TrainingStopped) as stopped:
         fit(quick(), data, tmp_path)
     assert str(stopped.value) == (
@@ -168,7 +168,7 @@ def test_out_of_memory_says_what_to_lower(
 
 
 def test_out_of_memory_while_the_base_is_sampled(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Trainee, "predict", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(ControlledUNet, "predict", raising(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(TrainingStopped, match="out of memory.*No checkpoint was written yet"):
         fit(quick(sample_every=1), data, tmp_path)
 
@@ -181,7 +181,7 @@ def test_networks_that_do_not_fit(data: Dataset, tmp_path: Path, monkeypatch: py
 
 
 def test_other_errors_are_not_taken_for_memory(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Trainee, "forward", raising(RuntimeError("shapes do not fit")))
+    monkeypatch.setattr(ControlledUNet, "forward", raising(RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         fit(quick(), data, tmp_path)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from zeroconv.controlnet_core import diffusion
+from zeroconv.controlnet_core.data.dataset import Dataset
+from zeroconv.controlnet_core.networks.unet import UNet
 from zeroconv.controlnet_core.training import fidelity
-from zeroconv.controlnet_core.training.dataset import Dataset
-from zeroconv.controlnet_core.unet import UNet
 
 from .tiny import CONFIG, base, dataset, fit, losses, quick
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from zeroconv.controlnet_core import diffusion
-from zeroconv.controlnet_core.controlnet import BaseMismatch
-from zeroconv.controlnet_core.loading import load_control, load_unet, read_weights
+from zeroconv.controlnet_core.data.dataset import Batches, Dataset
+from zeroconv.controlnet_core.data.manifest import DatasetError
+from zeroconv.controlnet_core.files.loading import load_control, load_unet, read_weights
+from zeroconv.controlnet_core.networks.controlnet import BaseMismatch
+from zeroconv.controlnet_core.networks.unet import UNet, UNetConfig
 from zeroconv.controlnet_core.training import loop
-from zeroconv.controlnet_core.training.dataset import Batches, Dataset
-from zeroconv.controlnet_core.training.manifest import DatasetError
+from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet, build
 from zeroconv.controlnet_core.training.options import OptionsError, TrainingOptions
-from zeroconv.controlnet_core.training.trainee import Trainee, build
-from zeroconv.controlnet_core.unet import UNet, UNetConfig
 
 from .tiny import CONFIG, base, dataset, equal, fit, losses, quick, training
 
@@ -33,11 +33,11 @@ def trained(folder: Path) -> dict[str, Tensor]:
     return read_weights(folder / "control.safetensors")[0]
 
 
-def keep_trainee(monkeypatch: pytest.MonkeyPatch) -> list[Trainee]:
-    """Where the trainee of the next training will lie."""
-    kept: list[Trainee] = []
+def keep_trainee(monkeypatch: pytest.MonkeyPatch) -> list[ControlledUNet]:
+    """Where the controlled of the next training will lie."""
+    kept: list[ControlledUNet] = []
 
-    def building(*arguments: Any) -> Trainee:
+    def building(*arguments: Any) -> ControlledUNet:
         kept.append(build(*arguments))
         return kept[-1]
 
@@ -271,7 +271,7 @@ def test_two_passes_of_two_are_one_of_four(data: Dataset, tmp_path: Path, monkey
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_empty_prompts_reach_the_network(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float):
     calls: list[Any] = []
-    monkeypatch.setattr(Trainee, "forward", count(Trainee.forward, calls))
+    monkeypatch.setattr(ControlledUNet, "forward", count(ControlledUNet.forward, calls))
     read = spy(monkeypatch)
     fit(quick(empty_prompts=share), data, tmp_path)
     for call, indices in zip(calls, list(read), strict=True):

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zeroconv.controlnet_core import diffusion
-from zeroconv.controlnet_core.formats import from_diffusers, to_diffusers
+from zeroconv.controlnet_core.data.dataset import Batch
+from zeroconv.controlnet_core.files.formats import from_diffusers, to_diffusers
 from zeroconv.controlnet_core.keys import Weights
+from zeroconv.controlnet_core.networks.unet import UNetConfig
 from zeroconv.controlnet_core.training import loop, objective
-from zeroconv.controlnet_core.training.dataset import Batch
+from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet, build, contexts, vector
 from zeroconv.controlnet_core.training.options import TrainingOptions
-from zeroconv.controlnet_core.training.trainee import Trainee, build, contexts, vector
-from zeroconv.controlnet_core.unet import UNetConfig
 
+from ..networks.test_parity_diffusers import random_weights, their_unet
 from ..small import SMALL, assert_within, relative_change
-from ..test_parity_diffusers import random_weights, their_unet
 
 CONFIGS = {
     # With one channel in each group a norm would take out the biases before it, whose gradients were 0.
@@ -164,18 +164,18 @@ def base(layout: str) -> nn.Module:
     return random_weights(their_unet, CONFIGS[layout])
 
 
-def both(layout: str, prediction: str = "eps", **settings: Any) -> tuple[Peer, Trainee, TrainingOptions]:
+def both(layout: str, prediction: str = "eps", **settings: Any) -> tuple[Peer, ControlledUNet, TrainingOptions]:
     """The peer and ours on the same seeded base, each with the control that it makes of it."""
     config = CONFIGS[layout]
     unet = base(layout)
     plain: dict[str, Any] = {"precision": "fp32", "sample_every": 0, "held_out": 0}
     options = TrainingOptions(batch_size=2, prediction=prediction, **plain, **settings)
-    trainee = build(options, from_diffusers(unet.state_dict()), config, hint_channels=3)
-    return Peer.make(unet, prediction), trainee, options
+    controlled = build(options, from_diffusers(unet.state_dict()), config, hint_channels=3)
+    return Peer.make(unet, prediction), controlled, options
 
 
 @torch.no_grad()
-def trained(peer: Peer, trainee: Trainee) -> None:
+def trained(peer: Peer, controlled: ControlledUNet) -> None:
     """Give both controls the same zero convolutions and hint encoder, as if they had been trained."""
     random = torch.Generator().manual_seed(11)
     for name, parameter in peer.control.named_parameters():
@@ -186,16 +186,16 @@ def trained(peer: Peer, trainee: Trainee) -> None:
         else:
             continue
         parameter.copy_(torch.randn(parameter.shape, generator=random) * scale)
-    trainee.control.load_state_dict(from_diffusers(peer.control.state_dict()))
+    controlled.control.load_state_dict(from_diffusers(peer.control.state_dict()))
 
 
-def our_loss(trainee: Trainee, data: Data, options: TrainingOptions) -> Tensor:
+def our_loss(controlled: ControlledUNet, data: Data, options: TrainingOptions) -> Tensor:
     """The loss of `PASS`, put together as the loop does it."""
     batch: Batch = data.read(ITEMS)
     draws = draws_of(options, PASS, batch)
     context, pooled = contexts(batch, draws.empty, data.empty)
     noisy = diffusion.add_noise(batch.latents, draws.noise, draws.timesteps, ALPHAS)
-    predicted = trainee(noisy, draws.timesteps, context, batch.hints, vector(batch, pooled))
+    predicted = controlled(noisy, draws.timesteps, context, batch.hints, vector(batch, pooled))
     wanted = objective.target(options.prediction, batch.latents, draws.noise, draws.timesteps, ALPHAS)
     return objective.loss(predicted, wanted, objective.weights(options, draws.timesteps, ALPHAS))
 
@@ -210,8 +210,8 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 
 def test_a_new_control_is_the_one_that_diffusers_makes(layout: str):
-    peer, trainee, _ = both(layout)
-    ours, theirs = trainee.control.state_dict(), from_diffusers(peer.control.state_dict())
+    peer, controlled, _ = both(layout)
+    ours, theirs = controlled.control.state_dict(), from_diffusers(peer.control.state_dict())
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         if not name.startswith("input_hint_block."):  # begins at random but for its last layer
@@ -221,8 +221,8 @@ def test_a_new_control_is_the_one_that_diffusers_makes(layout: str):
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_loss_and_gradients_agree(layout: str, prediction: str):
-    peer, trainee, options = both(layout, prediction)
-    trained(peer, trainee)
+    peer, controlled, options = both(layout, prediction)
+    trained(peer, controlled)
     data = Data(CONFIGS[layout])
     batch = data.read(ITEMS)
     draws = draws_of(options, PASS, batch)
@@ -231,25 +231,25 @@ def test_loss_and_gradients_agree(layout: str, prediction: str):
 
     theirs = peer.loss(batch, draws, data.empty)
     theirs.backward()
-    ours = our_loss(trainee, data, options)
+    ours = our_loss(controlled, data, options)
     ours.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-    assert_gradients_agree(trainee, peer)
-    assert all(parameter.grad is None for parameter in trainee.unet.parameters())
+    assert_gradients_agree(controlled, peer)
+    assert all(parameter.grad is None for parameter in controlled.unet.parameters())
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_gradients_of_an_unlocked_decoder_agree(prediction: str):
-    peer, trainee, options = both("SD2.x", prediction, unlock_decoder=True)
-    trained(peer, trainee)
+    peer, controlled, options = both("SD2.x", prediction, unlock_decoder=True)
+    trained(peer, controlled)
     for part in (peer.unet.up_blocks, peer.unet.conv_norm_out, peer.unet.conv_out):
         part.requires_grad_(True)
     data = Data(CONFIGS["SD2.x"])
     batch = data.read(ITEMS)
     peer.loss(batch, draws_of(options, PASS, batch), data.empty).backward()
-    our_loss(trainee, data, options).backward()
-    assert_gradients_agree(trainee, peer)
-    assert {name.split(".")[0] for name, p in trainee.unet.named_parameters() if p.grad is not None} == {
+    our_loss(controlled, data, options).backward()
+    assert_gradients_agree(controlled, peer)
+    assert {name.split(".")[0] for name, p in controlled.unet.named_parameters() if p.grad is not None} == {
         "output_blocks",
         "out",
     }
@@ -257,16 +257,16 @@ def test_gradients_of_an_unlocked_decoder_agree(prediction: str):
 
 def test_the_comparison_tells_another_step_from_this_one():
     """What a wrong target, a prompt too much or another pass would do to the gradients is far beyond the tolerance."""
-    peer, trainee, options = both("SD1.x")
-    trained(peer, trainee)
+    peer, controlled, options = both("SD1.x")
+    trained(peer, controlled)
     data = Data(CONFIGS["SD1.x"])
     batch = data.read(ITEMS)
     peer.loss(batch, draws_of(options, PASS, batch), data.empty).backward()
     for other in (replace(options, prediction="v"), replace(options, empty_prompts=1.0), replace(options, seed=1)):
-        trainee.zero_grad()
-        our_loss(trainee, data, other).backward()
+        controlled.zero_grad()
+        our_loss(controlled, data, other).backward()
         with pytest.raises(AssertionError, match="off by"):
-            assert_gradients_agree(trainee, peer)
+            assert_gradients_agree(controlled, peer)
 
 
 @torch.no_grad()
@@ -278,10 +278,10 @@ def assert_control_matters(peer: Peer, batch: Batch, draws: objective.Draws, dat
         assert relative_change(peer.predict(noisy, timesteps, context, without, added), lit) >= 0.05
 
 
-def assert_gradients_agree(trainee: Trainee, peer: Peer) -> None:
+def assert_gradients_agree(controlled: ControlledUNet, peer: Peer) -> None:
     """Each of our gradients is the peer's to 1e-4 of its largest number; every trained parameter has one, not 0."""
     theirs = peer.gradients()
-    ours = {name: p.grad for name, p in trainee.named_parameters() if p.requires_grad}
+    ours = {name: p.grad for name, p in controlled.named_parameters() if p.requires_grad}
     assert set(ours) == set(theirs)
     for name, grad in ours.items():
         assert grad is not None and grad.any(), name
@@ -295,11 +295,11 @@ def test_training_from_the_beginning_agrees(tmp_path: Path):
     """Three steps of the loop, from zero convolutions on: losses, gradient norms and weights."""
     settings: dict[str, Any] = {"steps": 3, "accumulation": 2, "learning_rate": 1e-3, "clip": 0.1}
     config, data = CONFIGS["SD1.x"], Data(CONFIGS["SD1.x"])
-    peer, trainee, options = both("SD1.x", **settings)
-    peer.control.load_state_dict(to_diffusers(trainee.control.state_dict(), config))  # the same random hint encoder
-    before = {name: tensor.clone() for name, tensor in trainee.control.state_dict().items()}
+    peer, controlled, options = both("SD1.x", **settings)
+    peer.control.load_state_dict(to_diffusers(controlled.control.state_dict(), config))  # the same random hint encoder
+    before = {name: tensor.clone() for name, tensor in controlled.control.state_dict().items()}
     stand_in: Any = data
-    weights = trainee.unet.state_dict()
+    weights = controlled.unet.state_dict()
     ours = list(loop.train(options, weights, config, ALPHAS, stand_in, tmp_path))[1:]
     theirs = list(_train(peer, data, options))
     for mine, (loss, norm) in zip(ours, theirs, strict=True):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from zeroconv.controlnet_core.data.dataset import Dataset
 from zeroconv.controlnet_core.training import checkpoint, objective
-from zeroconv.controlnet_core.training.dataset import Dataset
+from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
 from zeroconv.controlnet_core.training.loop import Progress
-from zeroconv.controlnet_core.training.trainee import Trainee
 
 from .tiny import dataset, fit, left_alike, quick, training, write_config
 
@@ -74,7 +74,7 @@ class Killed(BaseException):
 
 PLACES: dict[str, tuple[Any, str]] = {
     "reading": (Dataset, "read"),
-    "forward": (Trainee, "forward"),
+    "forward": (ControlledUNet, "forward"),
     "backward": (torch.Tensor, "backward"),
     "the optimizer's step": (torch.optim.AdamW, "step"),
     "the loss": (objective, "loss"),

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeroconv.controlnet_core import saving
+from zeroconv.controlnet_core.data.caching import CachingOptions, make
+from zeroconv.controlnet_core.data.dataset import Dataset
+from zeroconv.controlnet_core.data.sources import Item
 from zeroconv.controlnet_core.diffusion import alphas_cumprod
-from zeroconv.controlnet_core.loading import read_weights
-from zeroconv.controlnet_core.training.caching import CachingOptions, make
-from zeroconv.controlnet_core.training.dataset import Dataset
+from zeroconv.controlnet_core.files import saving
+from zeroconv.controlnet_core.files.loading import read_weights
+from zeroconv.controlnet_core.networks.unet import UNet, UNetConfig
 from zeroconv.controlnet_core.training.loop import Progress, train
 from zeroconv.controlnet_core.training.options import TrainingOptions
-from zeroconv.controlnet_core.training.sources import Item
-from zeroconv.controlnet_core.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(1, 0), context_dim=8)
 """Two levels, 4 skip connections of 32, 32, 32 and 64 channels: a step of a tenth of a second."""

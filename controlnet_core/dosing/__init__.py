@@ -1,0 +1,1 @@
+"""How much of a control acts, where and when."""

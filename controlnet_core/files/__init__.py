@@ -1,0 +1,1 @@
+"""Weights files: what they hold, how they become networks, and how networks become files."""

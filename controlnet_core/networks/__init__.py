@@ -1,0 +1,1 @@
+"""The networks: the UNet, what controls it, and where the two meet."""

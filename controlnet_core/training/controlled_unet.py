@@ -1,0 +1,139 @@
+"""The locked base with the control that is trained on it, in each of the paper's variants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..data.dataset import Batch
+from ..files import saving
+from ..keys import State
+from ..networks.control_lora import ControlLora
+from ..networks.controlnet import BaseMismatch, ControlNet, connect
+from ..networks.layers import Block, timestep_embedding
+from ..networks.lite import ControlNetLite
+from ..networks.residuals import Residuals
+from ..networks.unet import UNet, UNetConfig
+from .options import TrainingOptions
+
+
+class ControlledUNet(nn.Module):
+    """A UNet, locked but for its decoder if that is unlocked, and a control: one module, called once a pass.
+
+    Under autocast the control computes as autocast has it, from weights in fp32. A UNet that is locked as a whole
+    computes in the dtype of its weights throughout, as it does when pictures are made.
+    """
+
+    def __init__(self, unet: UNet, control: ControlNet | ControlNetLite, options: TrainingOptions):
+        super().__init__()
+        self.unet, self.control = unet, control
+        self.middle_only = options.middle_only
+        self.dtype = None if options.unlock_decoder else options.dtype
+        self.checkpointing = options.gradient_checkpointing
+        if isinstance(control, ControlLora):
+            control.bind(unet)
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, context: Tensor, hints: Tensor, y: Tensor | None = None
+    ) -> Tensor:
+        """Prediction (B,4,h,w) for noisy latents; `hints` are (B,C,8h,8w) in [0,1]."""
+        encode = self.control.encode_hint
+        guided_hint = checkpoint(encode, hints, use_reentrant=False) if self.checkpointing else encode(hints)
+        return self.predict(noisy, timesteps, context, guided_hint, y)  # type: ignore[arg-type]
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, context: Tensor, guided_hint: Tensor, y: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, with hints that are encoded already: what sampling calls at every step."""
+        residuals = self.control(noisy, timesteps, context, guided_hint, y)
+        if self.middle_only:
+            residuals = Residuals((None,) * len(residuals.skips), residuals.middle)
+        if self.dtype is None:
+            return self.unet(noisy, timesteps, context, y, residuals)
+        noisy, context = noisy.to(self.dtype), context.to(self.dtype)
+        y = None if y is None else y.to(self.dtype)
+        with torch.autocast(noisy.device.type, enabled=False):
+            return self.unet(noisy, timesteps, context, y, residuals)
+
+
+def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int) -> ControlledUNet:
+    """The controlled at step 0, on the CPU, its control in fp32.
+
+    `base` holds the whole UNet's weights, ldm keys without prefix. The control begins as the seed says, whatever was
+    drawn before. Raises controlnet.BaseMismatch where the weights are not those of `config`.
+    """
+    if config.in_channels != config.out_channels:
+        raise BaseMismatch(
+            f"the base UNet takes {config.in_channels} channels (inpainting) and a dataset holds latents of "
+            f"{config.out_channels}: train on the model that it was made from; the control fits both"
+        )
+    full = {key: tensor.to("cpu", torch.float32) for key, tensor in base.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        control = _fresh(options, full, config, hint_channels)
+        connect(control, options.connections)
+    unet = _locked(options, full, config)
+    if options.middle_only:
+        for parameter in control.zero_convs.requires_grad_(False).parameters():
+            nn.init.zeros_(parameter)  # whoever applies the control adds them: what is not trained adds nothing
+    controlled = ControlledUNet(unet, control, options)
+    for module in controlled.modules():
+        if isinstance(module, Block):
+            module.checkpointing = options.gradient_checkpointing
+    return controlled
+
+
+def _fresh(
+    options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int
+) -> ControlNet | ControlNetLite:
+    if options.kind == "lite":
+        return ControlNetLite(config, hint_channels, options.hint_encoder)
+    if options.kind == "control_lora":
+        return ControlLora.fresh(config, options.rank, hint_channels, options.hint_encoder)
+    return saving.fresh(config, base, hint_channels, options.hint_encoder)
+
+
+def _locked(options: TrainingOptions, base: State, config: UNetConfig) -> UNet:
+    """A copy of the base, locked: as a whole in the dtype of the precision, or but for its decoder in fp32."""
+    dtype = torch.float32 if options.unlock_decoder else options.dtype
+    unet = UNet(config, device="meta")
+    unet.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in base.items()}, assign=True)
+    unet.requires_grad_(False)
+    unet.output_blocks.requires_grad_(options.unlock_decoder)
+    unet.out.requires_grad_(options.unlock_decoder)
+    return unet
+
+
+def vector(batch: Batch, pooled: Tensor | None) -> Tensor | None:
+    """SDXL's vector y (B, D + 6*256): pooled text, then sizes and crop as sinusoids; `None` for other families.
+
+    (Stability-AI/generative-models, sgm/modules/encoders/modules.py.)
+    """
+    if pooled is None or batch.sizes is None:
+        return None
+    numbers = timestep_embedding(batch.sizes.flatten().float(), 256).reshape(len(pooled), -1)
+    return torch.cat([pooled, numbers.to(pooled)], dim=1)
+
+
+def contexts(batch: Batch, empty: Tensor, nothing: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Context (B,T,C) and pooled text (B,D) with the empty prompt where `empty` (B,) says so."""
+    context, pooled = nothing
+    # Attention over a context that is repeated as a whole is the same.
+    repeats = batch.context.shape[1] // context.shape[0]
+    chosen = torch.where(empty[:, None, None], context.repeat(repeats, 1)[None], batch.context)
+    if batch.pooled is None or pooled is None:
+        return chosen, None
+    return chosen, torch.where(empty[:, None], pooled[None], batch.pooled)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`."""
+    tensors = {
+        name: value.to(device, non_blocking=True)
+        for name in ("latents", "context", "pooled", "sizes", "hints")
+        if (value := getattr(batch, name)) is not None
+    }
+    return replace(batch, **tensors)
