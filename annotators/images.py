@@ -53,6 +53,11 @@ def to_picture(image: np.ndarray) -> np.ndarray:
     return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else np.ascontiguousarray(picture)
 
 
+def grey(values: np.ndarray) -> np.ndarray:
+    """A map (H,W) of numbers as a hint (H,W,3) float32 whose three channels are the same."""
+    return np.repeat(values[:, :, None].astype(np.float32, copy=False), 3, axis=2)
+
+
 def pad_to_multiple(image: np.ndarray, multiple: int = 64) -> np.ndarray:
     """The picture (H,W,C) with its last row and column repeated until both sides are multiples of `multiple`."""
     height, width = image.shape[:2]

@@ -57,8 +57,7 @@ def annotate(
             if frame is None:
                 raise AnnotatorError("found no pose_keypoints: connect a node that gives them")
             given["frame"] = frame
-        function = annotator.load()
-        made = function(*(networks() if callable(networks) else networks), picture, **given)
+        made = annotator.function(*(networks() if callable(networks) else networks), picture, **given)
     except AnnotatorError as error:
         raise AnnotatorError(f"{annotator.name}: {error}") from error
     except ImportError as error:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from . import Annotator, Parameter
 from .images import AnnotatorError
-from .keypoints import Person, openpose_to_coco, read_frame
+from .keypoints import Person, openpose_to_coco, read_frame, write_frame
 
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
@@ -140,6 +141,29 @@ def pose(
     return draw_people(shown, height, width, style=style, xinsir_sticks=xinsir_sticks)
 
 
+def human_pose(
+    detector: Any,
+    estimator: Any,
+    image: np.ndarray,
+    detection_threshold: float = 0.3,
+    keypoint_threshold: float = 0.3,
+    style: str = "openpose",
+    xinsir_sticks: bool = False,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The people of a picture (H,W,3), 0..1, as stick figures (H,W,3) float32 0..1, and as a POSE_KEYPOINT frame.
+
+    People of whom the detector is surer than `detection_threshold` come surest first; joints of which the estimator is
+    not surer than `keypoint_threshold` are missing, and so is a person without any. `style` and `xinsir_sticks` are
+    those of `draw_people`. Nobody found gives a black hint and a frame without people.
+    """
+    from .networks.people import find
+
+    height, width = image.shape[:2]
+    people = find(detector, estimator, image, detection_threshold, keypoint_threshold)
+    drawn = draw_people(people, height, width, style=style, xinsir_sticks=xinsir_sticks)
+    return drawn, write_frame(people, height, width)
+
+
 def _draw_body(canvas: np.ndarray, body: np.ndarray, zoom: int, stick: int, radius: int) -> None:
     import cv2
 
@@ -185,3 +209,41 @@ def _pixel(point: np.ndarray) -> tuple[int, int]:
     """The pixel that a point lies in."""
     x, y = np.floor(point)
     return int(x), int(y)
+
+
+STYLE = Parameter(
+    "style",
+    "openpose is what published pose controls read; coco17 the 17 joints as Openpifpaf paints them.",
+    choices=STYLES,
+)
+XINSIR_STICKS = Parameter(
+    "xinsir_sticks", "Wider limbs, as xinsir's SDXL openpose ControlNet was trained; for style openpose."
+)
+
+RECORDS = (
+    Annotator(
+        "pose",
+        pose,
+        (
+            STYLE,
+            Parameter("body", "Draw bodies."),
+            Parameter("hands", "Draw hands where the keypoints have them; style openpose alone does."),
+            Parameter("face", "Draw faces where the keypoints have them; style openpose alone does."),
+            XINSIR_STICKS,
+        ),
+        reads_pose=True,
+    ),
+    Annotator(
+        "human_pose",
+        human_pose,
+        (
+            Parameter("detection_threshold", "Whom the detector is less sure to be a person is left out."),
+            Parameter("keypoint_threshold", "A joint of which the network is less sure than this is left out."),
+            STYLE,
+            XINSIR_STICKS,
+        ),
+        networks=("person_detector", "pose_estimator"),
+        packages=("transformers",),
+        gives_pose=True,
+    ),
+)

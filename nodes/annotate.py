@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..annotators import ANNOTATORS, Annotator, Parameter
+from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
 from .host import annotators as host_annotators
@@ -26,7 +26,6 @@ class Annotate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        parameters = [_input(annotator, p) for annotator in ANNOTATORS for p in annotator.parameters]
         return io.Schema(
             node_id="Annotate",
             display_name="Annotate (ZeroConv)",
@@ -43,7 +42,7 @@ class Annotate(io.ComfyNode):
                     step=8,
                     tooltip="Short side of the hint in pixels; 0 keeps the image's own size.",
                 ),
-                *parameters,
+                *(_input(annotator, parameter) for annotator, parameter in PARAMETERS),
                 io.Mask.Input(
                     "mask",
                     optional=True,

@@ -18,16 +18,8 @@ from zeroconv.annotators import ANNOTATORS, pipeline
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.keypoints import COCO_JOINTS, OPENPOSE_JOINTS, coco_to_openpose
 from zeroconv.annotators.networks import NETWORKS
-from zeroconv.annotators.pose import COLOURS, draw_pose
-from zeroconv.annotators.pose_estimation import (
-    _areas,
-    _crops,
-    build_estimator,
-    detect,
-    estimate,
-    human_pose,
-    peaks,
-)
+from zeroconv.annotators.networks.people import _areas, _crops, build_estimator, detect, estimate, peaks
+from zeroconv.annotators.pose import COLOURS, draw_pose, human_pose
 
 from . import pretrained_tiny as tiny
 
@@ -48,8 +40,8 @@ def test_the_lists_know_both_networks_and_the_functions_defaults():
     assert RECORD.networks == ("person_detector", "pose_estimator") and RECORD.gives_pose
     entries = [next(network for network in NETWORKS if network.name == name) for name in RECORD.networks]
     assert [entry.build for entry in entries] == [
-        "pose_estimation:build_detector",
-        "pose_estimation:build_estimator",
+        "people:build_detector",
+        "people:build_estimator",
     ]
     for entry in entries:
         assert [file.name for file in entry.files] == ["config.json", "model.safetensors"]

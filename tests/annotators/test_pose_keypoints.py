@@ -347,7 +347,7 @@ def test_a_frame_without_people_is_black():
 
 
 def test_the_record_has_the_functions_defaults():
-    assert RECORD.load() is pose and RECORD.reads_pose and not RECORD.networks
+    assert RECORD.function is pose and RECORD.reads_pose and not RECORD.networks
     frame = frame_of(pose_keypoints_2d=points(18).reshape(-1))
     given = {parameter.name: parameter.default for parameter in RECORD.parameters}
     assert list(given) == ["style", "body", "hands", "face", "xinsir_sticks"]

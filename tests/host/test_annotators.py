@@ -78,12 +78,12 @@ def fake(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     assert "Annotate" in host.ours
     fake = Fake()
     annotate, adapter = sys.modules["zeroconv.nodes.annotate"], sys.modules["zeroconv.nodes.host.annotators"]
-    module = SimpleNamespace(build=fake.build, tiny=fake.tiny, plain=fake.plain)
-    monkeypatch.setitem(sys.modules, "zeroconv.annotators.fake", module)
+    module = SimpleNamespace(build=fake.build)
+    monkeypatch.setitem(sys.modules, "zeroconv.annotators.networks.fake", module)
     entries = (
-        Annotator("tiny", "fake:tiny", (Parameter("gain", 1.0, "How bright."),), networks=("tiny",)),
-        Annotator("plain", "fake:plain"),
-        Annotator("lacking", "fake:tiny", networks=("tiny",), packages=("no_such_package",)),
+        Annotator("tiny", fake.tiny, (Parameter("gain", "How bright."),), networks=("tiny",)),
+        Annotator("plain", fake.plain),
+        Annotator("lacking", fake.tiny, networks=("tiny",), packages=("no_such_package",)),
     )
     monkeypatch.setattr(annotate, "ANNOTATORS", (*entries, *ANNOTATORS))
     monkeypatch.setattr(annotate, "HINTS", HintCache(10**8))
