@@ -92,6 +92,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("colour:intensity", "gamma"),
     ("colour:color",),
     ("colour:shuffle", "seed"),
+    # what came later
+    ("pose:pose", "threshold"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 

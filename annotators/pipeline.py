@@ -10,6 +10,7 @@ import numpy as np
 
 from . import Annotator
 from .images import AnnotatorError, fit_mask, pad_to_multiple, resize_short_side, to_picture
+from .keypoints import with_canvas
 
 PADDED = 64
 """Learned annotators see pictures whose sides are multiples of this."""
@@ -45,6 +46,7 @@ def annotate(
     try:
         picture = to_picture(image)
         _check_size(picture.shape[:2], resolution)
+        own = picture.shape[:2]
         picture = resize_short_side(picture, resolution)
         height, width = picture.shape[:2]
         if annotator.networks:
@@ -56,7 +58,7 @@ def annotate(
         if annotator.reads_pose:
             if frame is None:
                 raise AnnotatorError("found no pose_keypoints: connect a node that gives them")
-            given["frame"] = frame
+            given["frame"] = with_canvas(frame, *own)
         made = annotator.function(*(networks() if callable(networks) else networks), picture, **given)
     except AnnotatorError as error:
         raise AnnotatorError(f"{annotator.name}: {error}") from error

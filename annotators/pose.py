@@ -10,7 +10,7 @@ import numpy as np
 
 from . import Annotator, Parameter
 from .images import AnnotatorError
-from .keypoints import Person, openpose_to_coco, read_frame, write_frame
+from .keypoints import CONFIDENT, Person, openpose_to_coco, read_frame, write_frame
 
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
@@ -122,11 +122,13 @@ def pose(
     hands: bool = True,
     face: bool = True,
     xinsir_sticks: bool = False,
+    threshold: float = CONFIDENT,
 ) -> np.ndarray:
     """The people of a POSE_KEYPOINT frame on black, (H,W,3) float32 0..1, of the size of an image (H,W,3).
 
-    The frame's canvas is stretched to the picture. `body`, `hands` and `face` say what is drawn, `style` and
-    `xinsir_sticks` how (`draw_people`). Raises AnnotatorError for a frame that cannot be read (`keypoints.read_frame`).
+    The frame's canvas is stretched to the picture. Joints of less confidence than `threshold` are left out; `body`,
+    `hands` and `face` say what else is drawn, `style` and `xinsir_sticks` how (`draw_people`). Raises AnnotatorError
+    for a frame that cannot be read (`keypoints.read_frame`).
     """
     height, width = image.shape[:2]
     shown = [
@@ -136,7 +138,7 @@ def pose(
             person.right_hand if hands else None,
             person.face if face else None,
         )
-        for person in read_frame(frame, height, width)
+        for person in read_frame(frame, height, width, threshold)
     ]
     return draw_people(shown, height, width, style=style, xinsir_sticks=xinsir_sticks)
 
@@ -230,6 +232,7 @@ RECORDS = (
             Parameter("hands", "Draw hands where the keypoints have them; style openpose alone does."),
             Parameter("face", "Draw faces where the keypoints have them; style openpose alone does."),
             XINSIR_STICKS,
+            Parameter("threshold", "A joint of less confidence is left out; files of 0 and 1 have none between."),
         ),
         reads_pose=True,
     ),

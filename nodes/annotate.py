@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -12,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
+from ..annotators.keypoints import read_frames
 from .host import annotators as host_annotators
 from .host.progress import steps
 
@@ -73,7 +73,9 @@ class Annotate(io.ComfyNode):
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
         masks = each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
         frames = (
-            each(pose_keypoints, len(image), "frames of pose_keypoints") if chosen.reads_pose else [None] * len(image)
+            each(read_frames(pose_keypoints), len(image), "frames of pose_keypoints")
+            if chosen.reads_pose
+            else [None] * len(image)
         )
         hints, found = [], []
         for i, picture in enumerate(steps(image.float().cpu().numpy(), cls.hidden.unique_id)):
@@ -108,8 +110,6 @@ def each(given: Any, count: int, what: str) -> list[Any]:
     """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
     if given is None:
         return [None] * count
-    if isinstance(given, Mapping):  # one frame of keypoints, as some packs hand it on
-        given = [given]
     if len(given) not in (1, count):
         raise AnnotatorError(f"{count} images came with {len(given)} {what}: connect one for all or one for each")
     return [given[i % len(given)] for i in range(count)]

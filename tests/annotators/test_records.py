@@ -27,6 +27,7 @@ WIDGETS = """
     pose_style pose_body pose_hands pose_face pose_xinsir_sticks
     human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style human_pose_xinsir_sticks
     inpaint_masked_value tile_halvings blur_sigma luminance_gamma intensity_gamma shuffle_seed
+    pose_threshold
 """
 """As saved workflows count them: this list may grow at its end and changes in no other way."""
 EACH = pytest.mark.parametrize("record", ANNOTATORS, ids=[record.name for record in ANNOTATORS])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 if TYPE_CHECKING:
     from hosting import Host
 
-from zeroconv.annotators import ANNOTATORS, Annotator, Parameter
+from zeroconv.annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from zeroconv.annotators.cache import HintCache
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.networks import File, Network
@@ -86,6 +86,8 @@ def fake(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
         Annotator("lacking", fake.tiny, networks=("tiny",), packages=("no_such_package",)),
     )
     monkeypatch.setattr(annotate, "ANNOTATORS", (*entries, *ANNOTATORS))
+    listed = [(entry, parameter) for entry in entries for parameter in entry.parameters]
+    monkeypatch.setattr(annotate, "PARAMETERS", (*listed, *PARAMETERS))
     monkeypatch.setattr(annotate, "HINTS", HintCache(10**8))
     file = File("someone/tiny", "tiny.safetensors", SIZE, hashlib.sha256(save(WEIGHTS)).hexdigest())
     monkeypatch.setattr(adapter, "NETWORKS", (Network("tiny", "fake:build", (file,), "MIT"),))
