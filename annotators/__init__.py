@@ -34,7 +34,7 @@ class Annotator:
     picture (H,W,3) float32 0..1, which it leaves as it is, and its parameters by name; it gives a hint (H,W,3) of the
     same size. With `reads_mask` it takes a `mask` (H,W), 0..1, and with `reads_pose` one `frame` of POSE_KEYPOINT, and
     cannot do without. With `gives_pose` it gives (hint, frame). `packages` are what it needs beyond those of the pack.
-    Pictures come to annotators with networks with sides that are multiples of 64.
+    Pictures come with sides that are multiples of `multiple`, continued by reflection.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Annotator:
     parameters: tuple[Parameter, ...] = ()
     networks: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    multiple: int = 1
     reads_mask: bool = False
     reads_pose: bool = False
     gives_pose: bool = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import Annotator, Parameter
-from .images import grey
+from .images import PADDED, grey
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,11 +64,12 @@ _SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint t
 _SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint texture comes through.")
 
 RECORDS = (
-    Annotator("hed", hed, (_SAFE,), networks=("hed",)),
+    Annotator("hed", hed, (_SAFE,), networks=("hed",), multiple=PADDED),
     Annotator(
         "scribble_hed",
         scribble_hed,
         (_SAFE, Parameter("threshold", "Only soft edges brighter than this get a stroke.", 0.0, 255.0, 1.0)),
         networks=("hed",),
+        multiple=PADDED,
     ),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import Annotator
-from .images import grey, to_bytes
+from .images import PADDED, grey, to_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,7 @@ def lineart_anime(network: nn.Module, image: np.ndarray) -> np.ndarray:
 
 
 RECORDS = (
-    Annotator("lineart_realistic", lineart, networks=("lineart_realistic",)),
-    Annotator("lineart_coarse", lineart, networks=("lineart_coarse",)),
+    Annotator("lineart_realistic", lineart, networks=("lineart_realistic",), multiple=PADDED),
+    Annotator("lineart_coarse", lineart, networks=("lineart_coarse",), multiple=PADDED),
     Annotator("lineart_anime", lineart_anime, networks=("lineart_anime",)),
 )

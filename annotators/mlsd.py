@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import Annotator, Parameter
-from .images import grey
+from .images import PADDED, grey
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,5 +42,6 @@ RECORDS = (
             Parameter("dist_threshold", "A line shorter than this is left out: 1 is 2 pixels.", 0.0, 20.0, 0.1),
         ),
         networks=("mlsd",),
+        multiple=PADDED,
     ),
 )

@@ -12,9 +12,6 @@ from . import Annotator
 from .images import AnnotatorError, fit_mask, pad_to_multiple, resize_short_side, to_picture
 from .keypoints import with_canvas
 
-PADDED = 64
-"""Learned annotators see pictures whose sides are multiples of this."""
-
 LONGEST = 16384
 """Pixels of a hint's longer side; image libraries break at twice that."""
 
@@ -49,8 +46,7 @@ def annotate(
         own = picture.shape[:2]
         picture = resize_short_side(picture, resolution)
         height, width = picture.shape[:2]
-        if annotator.networks:
-            picture = pad_to_multiple(picture, PADDED)
+        picture = pad_to_multiple(picture, annotator.multiple)
         if annotator.reads_mask:
             if mask is None:
                 raise AnnotatorError("found no mask: connect one, white where to paint anew")

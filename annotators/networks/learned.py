@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..images import AnnotatorError, to_picture
-from ..pipeline import PADDED
+from ..images import PADDED, AnnotatorError, to_picture
 
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)
 """What torch.load raises for files that are none of its own, or not whole."""

@@ -81,7 +81,7 @@ def fake(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     module = SimpleNamespace(build=fake.build)
     monkeypatch.setitem(sys.modules, "zeroconv.annotators.networks.fake", module)
     entries = (
-        Annotator("tiny", fake.tiny, (Parameter("gain", "How bright."),), networks=("tiny",)),
+        Annotator("tiny", fake.tiny, (Parameter("gain", "How bright."),), networks=("tiny",), multiple=64),
         Annotator("plain", fake.plain),
         Annotator("lacking", fake.tiny, networks=("tiny",), packages=("no_such_package",)),
     )
