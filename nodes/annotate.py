@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -48,7 +48,7 @@ class Annotate(io.ComfyNode):
                     step=8,
                     tooltip="Short side of the hint in pixels; 0 keeps the image's own size.",
                 ),
-                *(_input(annotator, parameter) for annotator, parameter in PARAMETERS),
+                *(widget(annotator, parameter) for annotator, parameter in PARAMETERS),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -73,7 +73,7 @@ class Annotate(io.ComfyNode):
         **parameters: Any,
     ) -> io.NodeOutput:
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
-        own = {p.name: parameters.get(f"{annotator}_{p.name}", p.default) for p in chosen.parameters}
+        own = own_parameters(chosen, parameters)
         if len(image) == 0:
             raise AnnotatorError(f"image is an empty batch of shape {tuple(image.shape)}: connect at least one picture")
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
@@ -108,7 +108,7 @@ class Annotate(io.ComfyNode):
         return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))
 
 
-def _input(annotator: Annotator, parameter: Parameter) -> Any:
+def widget(annotator: Annotator, parameter: Parameter) -> Any:
     """The widget of one parameter. Optional: a workflow that was saved before an annotator came stays valid."""
     name, default = f"{annotator.name}_{parameter.name}", parameter.default
     said: dict[str, Any] = {"default": default, "optional": True, "tooltip": parameter.tooltip}
@@ -120,6 +120,11 @@ def _input(annotator: Annotator, parameter: Parameter) -> Any:
         low, high, step = (int(number) for number in (parameter.minimum, parameter.maximum, parameter.step))
         return io.Int.Input(name, min=low, max=high, step=step, **said)
     return io.Float.Input(name, min=parameter.minimum, max=parameter.maximum, step=parameter.step, **said)
+
+
+def own_parameters(annotator: Annotator, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a node's widgets that are the annotator's, by their own names; defaults for what is not there."""
+    return {p.name: given.get(f"{annotator.name}_{p.name}", p.default) for p in annotator.parameters}
 
 
 def each(given: Any, count: int, what: str) -> list[Any]:
