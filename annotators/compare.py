@@ -120,14 +120,3 @@ def cut_bodies(bodies: Sequence[np.ndarray], rows: slice, columns: slice) -> lis
         inside &= (body[:, 1] >= rows.start) & (body[:, 1] <= rows.stop)
         cut.append((body - (columns.start, rows.start, 0)) * inside[:, None])
     return [body for body in cut if (body[:, 2] > 0).any()]
-
-
-def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture (H,W,3) float32 0..1 in another size: Lanczos where it grows, area averages where it shrinks."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    import cv2
-
-    grows = height * width > picture.shape[0] * picture.shape[1]
-    kind = cv2.INTER_LANCZOS4 if grows else cv2.INTER_AREA
-    return np.asarray(cv2.resize(picture, (width, height), interpolation=kind)).clip(0, 1)

@@ -18,8 +18,9 @@ LINE_SHARPNESS = 30.0
 def scribble(image: np.ndarray) -> np.ndarray:
     """A drawing with dark strokes on light ground as a scribble: (H,W,3) float32, white where it is dark.
 
-    `image` is RGB (H,W,3), float 0..1 or uint8. Dark is below 127 of 255 in any channel
-    (lllyasviel/ControlNet gradio_scribble2image.py).
+    `image` is RGB (H,W,3), float 0..1 or uint8. Dark is below 127 of 255 in any channel, as the scribble controls were
+    trained (lllyasviel/ControlNet gradio_scribble2image.py). Fannovel16/comfyui_controlnet_aux gives the inverse, black
+    strokes on white, which no published control was trained on.
     """
     return _white_where(to_bytes(image).min(axis=2) < 127)
 

@@ -18,9 +18,8 @@ from ..annotators.compare import (
     compare_people,
     cut_bodies,
     read_bodies,
-    resized,
 )
-from ..annotators.images import AnnotatorError, to_picture
+from ..annotators.images import AnnotatorError, resized, to_picture
 from ..annotators.keypoints import read_frames
 from ..annotators.measure import SCORES, centre_like, kind_of
 from .annotate import PoseKeypoint, each, own_parameters, widget

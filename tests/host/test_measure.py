@@ -67,7 +67,7 @@ def test_the_score_is_the_cores_at_the_hints_size(host: Host):
     hint = hint_of(host, picture(4))
     score, *_ = host.call("MeasureControl", image=image, hint=hint, **CANNY)
     from zeroconv.annotators.canny import canny
-    from zeroconv.annotators.compare import resized
+    from zeroconv.annotators.images import resized
 
     large = resized(image[0].numpy(), 128, 128)
     assert score == compare("canny", large, canny(large), hint[0].numpy(), 2).score
