@@ -111,6 +111,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("depth:depth_small", "range"),
     ("depth:depth_anything", "range"),
     ("depth:depth_zoe", "range"),
+    ("lines:hough_lines", "agreement"),
+    ("drawings:scribble_xdog", "balance"),
+    ("drawings:cartoon_lines", "balance"),
+    ("superpixels:superpixels", "merge"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 

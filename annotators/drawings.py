@@ -13,6 +13,10 @@ SHORTEST = 16
 XDOG_RATIO = 1.6
 """Of the two Gaussians, nearest to the Laplacian; it and the soft step are from XDoG (Winnemoeller et al., 2012)."""
 LINE_SHARPNESS = 30.0
+AROUND = 30.0
+"""Pixels of the Gaussian that says how much contrast there is about a place."""
+CONTRAST = 48 / 255
+"""Contrast, as a standard deviation, below which a place is faint: about that of a photograph's ordinary parts."""
 
 
 def scribble(image: np.ndarray) -> np.ndarray:
@@ -25,18 +29,20 @@ def scribble(image: np.ndarray) -> np.ndarray:
     return _white_where(to_bytes(image).min(axis=2) < 127)
 
 
-def scribble_xdog(image: np.ndarray, threshold: int = 32) -> np.ndarray:
+def scribble_xdog(image: np.ndarray, threshold: int = 32, balance: float = 3.0) -> np.ndarray:
     """Thick scribbles of a photograph: (H,W,3) float32, white where it is darker than what lies around it.
 
     The difference of Gaussians of 5 and 0.5 pixels, its least channel, twice that above `threshold`
     (Mikubill/sd-webui-controlnet scribble_xdog, which works in bytes and loses differences from 128 to 128 +
-    threshold / 2 to their overflow; here they are kept).
+    threshold / 2 to their overflow; here they are kept). Where contrast is faint, as in a cat's face, differences count
+    up to `balance` times; 1 is as published.
     """
     import cv2
 
     pixels = to_bytes(image).astype(np.float32)
     around, here = (cv2.GaussianBlur(pixels, (0, 0), sigma) for sigma in (5.0, 0.5))
-    lighter = (255 - (around - here).min(axis=2)).clip(0, 255).astype(int)
+    darker = (around - here).min(axis=2) * _raised(pixels / 255, balance)
+    lighter = (255 - darker).clip(0, 255).astype(int)
     return _white_where(2 * (255 - lighter) > threshold)
 
 
@@ -55,14 +61,17 @@ def lineart_standard(image: np.ndarray, sigma: float = 6.0, threshold: int = 8) 
     return np.repeat(np.minimum(darker * (127 / 255 / middle), 1)[:, :, None], 3, axis=2)
 
 
-def cartoon_lines(image: np.ndarray, width: float = 1.4, smoothing: float = 0.1, threshold: float = 0.01) -> np.ndarray:
+def cartoon_lines(
+    image: np.ndarray, width: float = 1.4, smoothing: float = 0.1, threshold: float = 0.01, balance: float = 3.0
+) -> np.ndarray:
     """The lines of a drawing in flat colours, (H,W,3) float32 0..1, soft at their rims.
 
     `image` is RGB (H,W,3), float 0..1 or uint8.
     A bilateral filter flattens what differs by less than about `smoothing` of the full range: hatching, grain, shading.
     Then a line, or the darker side of a border between two colours, is where any channel is darker than its
-    surroundings by more than `threshold`; `width` is the Gaussian's in pixels, and about half of a line's. The paper's
-    cartoon drawings came from a learned extractor; this one has no weights.
+    surroundings by more than `threshold`; `width` is the Gaussian's in pixels, and about half of a line's. Where
+    contrast is faint, what is darker counts up to `balance` times. The paper's cartoon drawings came from a learned
+    extractor; this one has no weights.
     """
     import cv2
 
@@ -73,7 +82,7 @@ def cartoon_lines(image: np.ndarray, width: float = 1.4, smoothing: float = 0.1,
     for _ in range(FLATTENING_PASSES):
         flat = cv2.bilateralFilter(flat, d=9, sigmaColor=smoothing, sigmaSpace=4.0)
     around, here = (cv2.GaussianBlur(flat, (0, 0), sigma) for sigma in (XDOG_RATIO * width, width))
-    darker = (around - here).max(axis=2)
+    darker = (around - here).max(axis=2) * _raised(flat, balance)
     lines = np.tanh(LINE_SHARPNESS * np.maximum(darker - threshold, 0))
     return np.repeat(lines[:height, :across, None], 3, axis=2)
 
@@ -90,17 +99,31 @@ def threshold(image: np.ndarray, level: int = 100) -> np.ndarray:
     return _white_where(cv2.threshold(grey, level, 255, mode)[1] > 0)
 
 
+def _raised(picture: np.ndarray, most: float) -> np.ndarray:
+    """By how much to raise differences at each pixel (H,W) of a picture (H,W,3), 0..1: up to `most` where it is faint."""
+    import cv2
+
+    grey = picture.mean(axis=2)
+    mean, square = (cv2.GaussianBlur(values, (0, 0), AROUND) for values in (grey, grey * grey))
+    spread = np.sqrt(np.maximum(square - mean * mean, 0))
+    return CONTRAST / np.clip(spread, CONTRAST / most, CONTRAST)
+
+
 def _white_where(marked: np.ndarray) -> np.ndarray:
     """(H,W) bool as (H,W,3) float32."""
     return np.repeat(marked[:, :, None].astype(np.float32), 3, axis=2)
 
+
+_BALANCE = Parameter(
+    "balance", "Where contrast is faint, differences count up to so many times; 1 treats all alike.", 1.0, 10.0, 0.1
+)
 
 RECORDS = (
     Annotator("scribble", scribble),
     Annotator(
         "scribble_xdog",
         scribble_xdog,
-        (Parameter("threshold", "Lower draws more strokes.", 1, 64, 1),),
+        (Parameter("threshold", "Lower draws more strokes.", 1, 64, 1), _BALANCE),
     ),
     Annotator(
         "lineart_standard",
@@ -117,6 +140,7 @@ RECORDS = (
             Parameter("width", "Half a line's width, in pixels.", 0.5, 10.0, 0.1),
             Parameter("smoothing", "Colours that differ by less become one. Higher drops more detail.", 0.01, 1.0),
             Parameter("threshold", "How much darker than its surroundings a line is.", 0.0, 0.5),
+            _BALANCE,
         ),
     ),
     Annotator(

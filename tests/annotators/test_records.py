@@ -28,6 +28,7 @@ WIDGETS = """
     human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style human_pose_xinsir_sticks
     inpaint_masked_value tile_halvings blur_sigma luminance_gamma intensity_gamma shuffle_seed
     pose_threshold depth_large_range depth_small_range depth_anything_range depth_zoe_range
+    hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
 """
 """As saved workflows count them: this list may grow at its end and changes in no other way."""
 EACH = pytest.mark.parametrize("record", ANNOTATORS, ids=[record.name for record in ANNOTATORS])
