@@ -100,7 +100,10 @@ def threshold(image: np.ndarray, level: int = 100) -> np.ndarray:
 
 
 def _raised(picture: np.ndarray, most: float) -> np.ndarray:
-    """By how much to raise differences at each pixel (H,W) of a picture (H,W,3), 0..1: up to `most` where it is faint."""
+    """By how much to raise differences at each pixel (H,W) of a picture (H,W,3), 0..1.
+
+    Up to `most` where contrast is faint, else 1.
+    """
     import cv2
 
     grey = picture.mean(axis=2)
