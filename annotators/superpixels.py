@@ -25,7 +25,7 @@ def superpixels(
     from skimage.segmentation import slic
 
     labels = slic(image, n_segments=count, compactness=compactness, start_label=0, channel_axis=2)
-    if merge > 0:
+    if merge > 0 and labels.max() > 0:
         labels = graph.cut_threshold(labels, graph.rag_mean_color(np.asarray(image) * 255, labels), merge)
     total = int(labels.max()) + 1
     if colours == "palette":

@@ -141,8 +141,9 @@ def test_the_ends_of_every_range_and_every_choice_work(annotator: Annotator):
 
 @EACH
 def test_every_parameter_changes_a_hint(annotator: Annotator):
-    """At 96 pixels, of the photograph or of a faint ramp: a parameter that nothing reads would change neither."""
+    """At 96 pixels, of the photograph, a pale print of it or a faint ramp: what nothing reads would change none."""
     pictures = [cv2.resize(astronaut(), (96, 96), interpolation=cv2.INTER_AREA)]
+    pictures.append(pictures[0] // 4 + 180)
     pictures.append(np.repeat(np.linspace(60, 90, 96, dtype=np.float32).astype(np.uint8)[None, :, None], 96, 0))
     reads = given(annotator, 96, 96)
 

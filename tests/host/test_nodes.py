@@ -17,6 +17,19 @@ from zeroconv.annotators.canny import canny
 DOSE = ["strength", "start", "end", "unit", "guidance", "resize"]
 EXTRAS = ["stack", "mask", "schedule", "block_weights"]
 # required inputs come first, as the host lists them
+MEASURED = """
+    canny_low canny_high canny_backend hough_lines_low hough_lines_high hough_lines_smoothing
+    hough_lines_votes hough_lines_length hough_lines_gap hough_lines_seed lsd_length
+    hed_safe mlsd_score_threshold mlsd_dist_threshold scribble_xdog_threshold
+    lineart_standard_sigma lineart_standard_threshold cartoon_lines_width
+    cartoon_lines_smoothing cartoon_lines_threshold threshold_level scribble_hed_safe
+    scribble_hed_threshold normal_midas_background normal_midas_strength normal_midas_front
+    superpixels_count superpixels_compactness superpixels_colours superpixels_seed
+    human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style
+    human_pose_xinsir_sticks tile_halvings blur_sigma luminance_gamma intensity_gamma
+    hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
+"""
+"""Parameters of the annotators that results are measured with."""
 CONTRACT = {
     "LoadControlNet": (["control_net_name", "weight_dtype", "control_type", "model"], ["control_net"]),
     "ApplyControl": (["model", *DOSE, "control_net", "image", *EXTRAS, "vae"], ["model"]),
@@ -30,7 +43,11 @@ CONTRACT = {
     "RecordControl": (["model"], ["model", "record"]),
     "ControlReport": (["record", "latent"], ["report", "heat_map"]),
     "MeasureControl": (
-        ["image", "hint", "annotator", "tolerance", "result_hint", "pose_keypoints", "result_keypoints"],
+        [
+            *("image", "hint", "annotator", "tolerance", "result_hint", "pose_keypoints", "result_keypoints"),
+            # in this order, and at the end, where they grow: as for Annotate
+            *MEASURED.split(),
+        ],
         ["score", "report", "overlay"],
     ),
     "NewControlNet": (["model", "hint_channels", "hint_encoder"], ["control_net"]),
@@ -81,6 +98,10 @@ CONTRACT = {
             "luminance_gamma",
             "intensity_gamma",
             "shuffle_seed",
+            # what came later
+            "pose_threshold",
+            *("depth_large_range", "depth_small_range", "depth_anything_range", "depth_zoe_range"),
+            *("hough_lines_agreement", "scribble_xdog_balance", "cartoon_lines_balance", "superpixels_merge"),
             *("mask", "pose_keypoints"),
         ],
         ["hint", "pose_keypoints"],
