@@ -6,7 +6,7 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,16 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...controlnet_core.dosing.block_weights import BlockWeights
-from ...controlnet_core.dosing.schedule import Schedule
-from ...controlnet_core.dosing.strength import Dose, Guidance, Strength, Unit, Window
+from ...controlnet_core.dosing.clock import Moment
+from ...controlnet_core.dosing.piece import Piece, parts
+from ...controlnet_core.dosing.strength import ControlScales, Strength
+from ...controlnet_core.dosing.window import Window
 from ...controlnet_core.keys import times
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
+from . import run
 from .resize import Resize, resize
-
-HALVES = "zeroconv_halves"
-"""Key in `transformer_options`: for each number in `cond_or_uncond`, whether that list of conds is a negative one."""
 
 RECORD = "zeroconv_record"
 """Key in `transformer_options`: the record that RecordControl makes of what each control adds."""
@@ -36,55 +35,25 @@ class ControlError(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the host's own apply nodes have no room for; it rides on the control object. `mask` is (B,1,H,W)."""
+class Call:
+    """One call of the UNet, cut down to the samples that this control acts on, at strength `value`.
 
-    unit: Unit = "percent"
-    guidance: Guidance = "both"
-    resize: Resize = "crop"
-    mask: Tensor | None = None
-    schedule: Schedule | None = None
-    block_weights: BlockWeights | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one call of the UNet gives its controls, cut down to the conds that this control acts on.
-
-    `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size, one after the other; `chunks` are their numbers in the
-    UNet's whole batch of `total` samples, and `rows` the places of their samples, `None` when they are all of it.
-    `frames` are the numbers of a cond's samples in the run's batch: all of them, or those of a context window. `now` is
-    the strength at this moment.
+    `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size one after the other, such as the halves of guidance:
+    those numbered `halves` of the whole call, whose samples are `piece`. `options` are the host's for this call.
     """
 
     x: Tensor
     t: Tensor
     cond: dict[str, Any]
-    chunks: list[int]
-    rows: Tensor | None
-    total: int
-    frames: Tensor
+    halves: tuple[int, ...]
+    piece: Piece
     options: dict[str, Any]
-    now: float
+    value: float
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the latent; less than the run's where a prompt is limited to an area."""
         return self.x.shape[2], self.x.shape[3]
-
-    def of_frames(self, tensor: Tensor) -> Tensor:
-        """One entry for all, or entry i for frame i of each cond, starting over when there are fewer than frames."""
-        if tensor.shape[0] == 1:
-            return tensor
-        return tensor[(self.frames % tensor.shape[0]).repeat(len(self.chunks)).to(tensor.device)]
-
-    def scattered(self, part: Tensor) -> Tensor:
-        """`part` at this step's rows of the whole batch, zeros elsewhere."""
-        if self.rows is None:
-            return part
-        whole = part.new_zeros((self.total, *part.shape[1:]))
-        whole[self.rows] = part
-        return whole
 
 
 class Control(comfy.controlnet.ControlBase):
@@ -93,7 +62,8 @@ class Control(comfy.controlnet.ControlBase):
     def __init__(self, name: str):
         super().__init__()
         self.name = name
-        self.options = Options()
+        self.dosing = Strength()
+        self.resize: Resize = "crop"
         self.latent_size: tuple[int, ...] | None = None
         self._forget_run()
 
@@ -106,10 +76,10 @@ class Control(comfy.controlnet.ControlBase):
 
     # -- what nodes call -------------------------------------------------------------------------------------------
 
-    def with_options(self, options: Options) -> Control:
-        """A copy that `options` ride on."""
+    def with_dosing(self, dosing: Strength, resize: Resize) -> Control:
+        """A copy that rides with what the host's own nodes have no room for; value and window are theirs to set."""
         c = self.copy()
-        c.options = options
+        c.dosing, c.resize = dosing, resize
         return c
 
     def copy(self) -> Control:
@@ -119,19 +89,31 @@ class Control(comfy.controlnet.ControlBase):
     def copy_to(self, c: Any) -> None:
         """The host's settings and ours; what a run has computed stays behind."""
         super().copy_to(c)
-        c.options = self.options
+        c.dosing, c.resize = self.dosing, self.resize
         c.latent_size = self.latent_size
 
-    def strength_now(self) -> Strength:
-        """The strength that the settings describe; raises for a window that cannot be meant."""
-        options = self.options
-        window = Window(*self.timestep_percent_range, unit=options.unit)
-        return Strength(self.strength, window, options.guidance, options.mask, options.schedule, options.block_weights)
+    def full_strength(self) -> Strength:
+        """The strength that all settings describe, the host's and ours; raises for a window that cannot be meant."""
+        window = Window(*self.timestep_percent_range, unit=self.dosing.window.unit)
+        return replace(self.dosing, value=self.strength, window=window)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it must be told the step of a call."""
+        return self.full_strength().counts_steps
+
+    def foreign_hooks(self) -> list[Any]:
+        """Hooks that are not our own: what another loader's control acts through."""
+        return super().get_extra_hooks()
+
+    def get_extra_hooks(self) -> list[Any]:
+        """The host's question for hooks; ours tell of the run where the control must know more than a call says."""
+        return [*self.foreign_hooks(), *([run.hook()] if self.one_sided or self.counts_steps else [])]
 
     def check_fits(self, model: Any) -> UNetConfig:
         """The configuration of the host's `model` (a BaseModel); raises where the control or its dose does not fit."""
         config = self._config_of(model)
-        self.strength_now().dose(0.0, len(config.skip_channels), 8)
+        self.full_strength().scales(0.0, len(config.skip_channels), 8)
         return config
 
     # -- what the host calls ---------------------------------------------------------------------------------------
@@ -142,9 +124,9 @@ class Control(comfy.controlnet.ControlBase):
             self.previous_controlnet.pre_run(model, percent_to_timestep_function)
         self._forget_run()
         self._original_hint()  # says at once when there is none
-        self._strength = self.strength_now()
+        self._strength = self.full_strength()
         self._model_config = self.check_fits(model)
-        self._off = self._strength.off or not any(self._dose(1.0, (8, 8), None).weights)
+        self._off = self._strength.off or not any(self._scales(1.0, (8, 8), None).weights)
         self._percent_to_sigma = percent_to_timestep_function
 
     def cleanup(self) -> None:
@@ -168,65 +150,64 @@ class Control(comfy.controlnet.ControlBase):
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
     ) -> injection.HostControl | None:
-        """The residuals of this step, those of the controls before it included; `None` when nothing acts."""
+        """The residuals of this call, those of the controls before it included; `None` when nothing acts."""
         previous, before = None, self._before
         if before is not None:
             previous = before.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        step = self._step(x_noisy, t, cond, batched_number, transformer_options)
-        return previous if step is None else self._act(step, previous)
+        call = self._call(x_noisy, t, cond, batched_number, transformer_options)
+        return previous if call is None else self._act(call, previous)
 
-    # -- one step --------------------------------------------------------------------------------------------------
+    # -- one call --------------------------------------------------------------------------------------------------
 
-    def _step(
+    def _call(
         self, x: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, options: dict[str, Any]
-    ) -> Step | None:
+    ) -> Call | None:
         """This call of the UNet as far as the control acts in it; `None` when it does not."""
-        now = self._now(t[0].item(), options.get("sample_sigmas"))
-        chunks = self._chunks(batched_number, options)
-        if now == 0.0 or not chunks:
+        halves = self._halves(batched_number, options)
+        value = self._value(options, t) if halves else 0.0
+        if value == 0.0:
             return None
-        total = x.shape[0]
-        frames = torch.arange(total // batched_number)
-        window = options.get("context_window")
-        if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == len(frames):
-            frames = torch.tensor(window.index_list)
-        if len(chunks) == batched_number:
-            return Step(x, t, cond, chunks, None, total, frames, options, now)
-        rows = torch.tensor([c * len(frames) + i for c in chunks for i in range(len(frames))], device=x.device)
+        size = x.shape[0] // batched_number
+        window, frames = options.get("context_window"), None
+        if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == size:
+            frames = tuple(window.index_list)
+        piece = parts(x.shape[0], batched_number, halves, frames)
         cond = {
-            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
+            key: piece.take(value) if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
         }
-        return Step(x[rows], t[rows], cond, chunks, rows, total, frames, options, now)
+        return Call(piece.take(x), piece.take(t), cond, halves, piece, options, value)
 
-    def _now(self, sigma: float, sigmas: Tensor | None) -> float:
-        """The strength at this moment of a run over `sigmas`, 0 when nothing acts."""
-        if self._off:
-            return 0.0
-        counted = sigmas.tolist() if sigmas is not None and self._strength.counts_steps else None
-        return self._strength.now(sigma, counted, self._percent_to_sigma)
+    def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
+        """The strength of this call, 0 when nothing acts."""
+        if self._off or self._strength.steady:
+            return 0.0 if self._off else self._strength.value
+        return self._strength.at(self._moment(options, sigma))
+
+    def _moment(self, options: dict[str, Any], sigma: Tensor) -> Moment:
+        return run.moment(options, sigma, self._percent_to_sigma)
 
     @property
     def one_sided(self) -> bool:
         """Whether control acts on the conditional half of guidance alone."""
-        return self.options.guidance != "both"
+        return self.dosing.guidance != "both"
 
-    def _chunks(self, batched_number: int, options: dict[str, Any]) -> list[int]:
+    def _halves(self, batched_number: int, options: dict[str, Any]) -> tuple[int, ...]:
         """The parts of the batch that control acts on."""
         numbers = options.get("cond_or_uncond", [0] * batched_number)
-        # Without the wrapper that ApplyControl adds, the host's own meaning: list 0 is cond, list 1 uncond.
-        negative = options.get(HALVES) or {1: True}
-        return [i for i, number in enumerate(numbers) if not (self.one_sided and negative.get(number, False))]
+        # Without the wrapper that tells, the host's own meaning: list 0 is cond, list 1 uncond.
+        negative = options.get(run.HALVES) or {1: True}
+        return tuple(i for i, number in enumerate(numbers) if not (self.one_sided and negative.get(number, False)))
 
-    def _act(self, step: Step, previous: injection.HostControl | None) -> injection.HostControl | None:
-        """What the UNet is given at a step in which this control acts; `previous` are the controls before it."""
+    def _act(self, call: Call, previous: injection.HostControl | None) -> injection.HostControl | None:
+        """What the UNet is given in a call in which this control acts; `previous` are the controls before it."""
         assert self._model_config is not None
-        shapes = self._model_config.residual_shapes(*step.size)
-        _watch_sizes(step.options, self._model_config)
-        dosed = self._dose(step.now, step.size, self._mask(step)).apply(self._residuals(step))
-        residuals = dosed.mapped(lambda _, residual: step.scattered(residual))
-        if RECORD in step.options:
-            step.options[RECORD].add(self.name, step.t[0].item(), residuals)
+        shapes = self._model_config.residual_shapes(*call.size)
+        _watch_sizes(call.options, self._model_config)
+        scaled = self._scales(call.value, call.size, self._mask(call)).apply(self._residuals(call))
+        residuals = scaled.mapped(lambda _, residual: call.piece.scatter(residual))
+        if RECORD in call.options:
+            call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
             before = injection.from_host_control(previous, len(shapes) - 1)
             injection.check(before, shapes)
@@ -234,9 +215,9 @@ class Control(comfy.controlnet.ControlBase):
             residuals = before + residuals
         return injection.as_host_control(residuals, shapes)
 
-    def _dose(self, now: float, size: tuple[int, int], mask: Tensor | None) -> Dose:
+    def _scales(self, value: float, size: tuple[int, int], mask: Tensor | None) -> ControlScales:
         assert self._model_config is not None
-        return self._strength.dose(now, len(self._model_config.skip_channels), size[0], mask)
+        return self._strength.scales(value, len(self._model_config.skip_channels), size[0], mask)
 
     def _original_hint(self) -> Tensor:
         """The hint at its own size, (B,C,H,W)."""
@@ -244,29 +225,29 @@ class Control(comfy.controlnet.ControlBase):
             raise ControlError(f"{self.name} has no hint: apply it with an image")
         return self.cond_hint_original
 
-    def _hint(self, step: Step, multiple: int = 8) -> Tensor:
+    def _hint(self, call: Call, multiple: int = 8) -> Tensor:
         """The hint at 8 times the latent's size, rounded up to `multiple`, at its own batch and on its own device."""
-        height, width = (-(-8 * n // multiple) * multiple for n in step.size)
-        return resize(self._original_hint(), height, width, self.options.resize)
+        height, width = (-(-8 * n // multiple) * multiple for n in call.size)
+        return resize(self._original_hint(), height, width, self.resize)
 
-    def _mask(self, step: Step) -> Tensor | None:
+    def _mask(self, call: Call) -> Tensor | None:
         """Where and on which pictures control acts, (B,1,8H,8W) or (B,1,1,1); `None` everywhere and on all."""
-        mask, schedule = self._strength.mask, self._strength.schedule
+        mask, schedule, frames = self._strength.mask, self._strength.schedule, call.piece.frames
         if mask is not None:
-            size = (step.size[0] * 8, step.size[1] * 8)
+            size = (call.size[0] * 8, call.size[1] * 8)
             if size not in self._masks:
-                self._masks[size] = resize(mask, *size, self.options.resize, smooth=True).to(step.x)
-            mask = step.of_frames(self._masks[size])
+                self._masks[size] = resize(mask, *size, self.resize, smooth=True).to(call.x)
+            mask = call.piece.of_frames(self._masks[size])
         if schedule is None or not schedule.per_image:
             return mask
-        pictures, last = len(step.frames), int(step.frames.max())
-        windowed = "context_window" in step.options
+        pictures, last = len(frames) // len(call.halves), max(frames)
+        windowed = "context_window" in call.options
         if last >= len(schedule.per_image) or (not windowed and len(schedule.per_image) != pictures):
             raise ControlError(
                 f"{self.name}: the schedule's per_image has {len(schedule.per_image)} strengths, the batch "
                 f"{f'at least {last + 1}' if windowed else pictures} pictures: write one for each"
             )
-        strengths = step.of_frames(step.x.new_tensor(schedule.per_image).reshape(-1, 1, 1, 1))
+        strengths = call.piece.of_frames(call.x.new_tensor(schedule.per_image).reshape(-1, 1, 1, 1))
         return strengths if mask is None else mask * strengths
 
     @property
@@ -280,8 +261,8 @@ class Control(comfy.controlnet.ControlBase):
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
-    def _residuals(self, step: Step) -> Residuals:
-        """The residuals of this step at strength 1."""
+    def _residuals(self, call: Call) -> Residuals:
+        """The residuals of this call at strength 1."""
         raise NotImplementedError
 
 

@@ -10,7 +10,7 @@ from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.configuration import ConfigurationError, describe_mismatch, read_unet_config
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
-from .control import Control, ControlError, Step
+from .control import Call, Control, ControlError
 from .models import unet_config
 from .resize import resize
 
@@ -33,9 +33,9 @@ class ForeignControl(Control):
         """The host loads these with the model."""
         return [*super().get_models(), *self.inner.get_models()]
 
-    def get_extra_hooks(self) -> list[Any]:
+    def foreign_hooks(self) -> list[Any]:
         """Hooks of the wrapped control and of those before."""
-        return [*super().get_extra_hooks(), *self.inner.get_extra_hooks()]
+        return [*super().foreign_hooks(), *self.inner.get_extra_hooks()]
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
         """Our reckoning, and what the wrapped control asks for itself."""
@@ -68,23 +68,23 @@ class ForeignControl(Control):
                 raise ControlError(f"{self.name}: {mismatch}")
         return config
 
-    def _residuals(self, step: Step) -> Residuals:
+    def _residuals(self, call: Call) -> Residuals:
         assert self._model_config is not None
         inner, hint = self.inner, self._original_hint()
-        if len(hint) > 1 and "context_window" in step.options:
-            hint = step.of_frames(hint)[: len(step.frames)]
+        if len(hint) > 1 and "context_window" in call.options:
+            hint = call.piece.of_frames(hint)[: len(call.piece.frames) // len(call.halves)]
             inner.cond_hint = inner.control_input = None  # of another window
-        size = (step.size[0] * 8, step.size[1] * 8)
-        if self.options.resize != "crop" and hint.shape[2:] != size:
-            hint = resize(hint, *size, self.options.resize)
+        size = (call.size[0] * 8, call.size[1] * 8)
+        if self.resize != "crop" and hint.shape[2:] != size:
+            hint = resize(hint, *size, self.resize)
         inner.cond_hint_original = hint
         # It is told of the conds that it acts on, and of no others.
         told = {
-            key: [step.options[key][i] for i in step.chunks]
+            key: [call.options[key][i] for i in call.halves]
             for key in ("cond_or_uncond", "uuids")
-            if key in step.options
+            if key in call.options
         }
-        control = inner.get_control(step.x, step.t, step.cond, len(step.chunks), {**step.options, **told})
+        control = inner.get_control(call.x, call.t, call.cond, len(call.halves), {**call.options, **told})
         if control is None:
             raise ControlError(
                 f"{self.name} hands out no residuals here, so that they cannot be dosed: use the apply node of the "

@@ -12,7 +12,7 @@ from ...controlnet_core.files.loading import LoadedControl
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES
-from .control import Control, ControlError, Step
+from .control import Call, Control, ControlError
 from .models import unet_config
 
 
@@ -55,17 +55,17 @@ class NetworkControl(Control):
             )
         return config
 
-    def _encode(self, step: Step, multiple: int = 8) -> Any:
+    def _encode(self, call: Call, multiple: int = 8) -> Any:
         """What the network makes of the hint, once per run and size, at the hint's own batch."""
-        if step.size not in self._encoded:
-            hint = self._hint(step, multiple).to(device=step.x.device, dtype=self.compute_dtype)
+        if call.size not in self._encoded:
+            hint = self._hint(call, multiple).to(device=call.x.device, dtype=self.compute_dtype)
             channels = self.network.hint_channels
             if channels == 1:
                 hint = hint.mean(dim=1, keepdim=True)
             if hint.shape[1] != channels:
                 raise ControlError(f"{self.name} takes a hint of {channels} channels, found {hint.shape[1]}")
-            self._encoded[step.size] = self._encode_hint(hint)
-        return self._encoded[step.size]
+            self._encoded[call.size] = self._encode_hint(hint)
+        return self._encoded[call.size]
 
     def _encode_hint(self, hint: Tensor) -> Any:
         return self.network.encode_hint(hint)
@@ -88,18 +88,18 @@ class ControlNetControl(NetworkControl):
         """Whether control acts on the conditional half of guidance alone."""
         return self.global_average_pooling or super().one_sided
 
-    def _residuals(self, step: Step) -> Residuals:
-        residuals = self.network(*self._inputs(step, step.of_frames(self._encode(step))))
+    def _residuals(self, call: Call) -> Residuals:
+        residuals = self.network(*self._inputs(call, call.piece.of_frames(self._encode(call))))
         return residuals.pooled() if self.global_average_pooling else residuals
 
-    def _inputs(self, step: Step, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
+    def _inputs(self, call: Call, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
         """What a ControlNet's forward takes."""
-        place: dict[str, Any] = {"device": step.x.device, "dtype": self.compute_dtype}
-        context = step.cond.get("crossattn_controlnet", step.cond["c_crossattn"])
-        y = step.cond.get("y")
+        place: dict[str, Any] = {"device": call.x.device, "dtype": self.compute_dtype}
+        context = call.cond.get("crossattn_controlnet", call.cond["c_crossattn"])
+        y = call.cond.get("y")
         return (
-            self._sampling.calculate_input(step.t, step.x).to(**place),
-            self._sampling.timestep(step.t).to(step.x.device, torch.float32),  # bf16 has no number for most timesteps
+            self._sampling.calculate_input(call.t, call.x).to(**place),
+            self._sampling.timestep(call.t).to(call.x.device, torch.float32),  # bf16 has no number for most timesteps
             context.to(**place),
             guided_hint,
             None if y is None else y.to(**place),
@@ -143,10 +143,10 @@ class UnionControl(ControlNetControl):
             and other.network is self.network
             and other.type_number is not None
             and self.type_number is not None
-            and other.options.guidance == self.options.guidance
-            and _same(other.options.mask, self.options.mask)
-            and other.options.block_weights == self.options.block_weights
-            and not any(c.options.schedule and c.options.schedule.per_image for c in (self, other))
+            and other.dosing.guidance == self.dosing.guidance
+            and _same(other.dosing.mask, self.dosing.mask)
+            and other.dosing.block_weights == self.dosing.block_weights
+            and not any(c.dosing.schedule and c.dosing.schedule.per_image for c in (self, other))
         )
 
     def copy_to(self, c: Any) -> None:
@@ -169,21 +169,21 @@ class UnionControl(ControlNetControl):
     def _before(self) -> Any:
         return self._group[0].previous_controlnet
 
-    def _now(self, sigma: float, sigmas: Tensor | None) -> float:
-        values = [(control, ControlNetControl._now(control, sigma, sigmas)) for control in self._group]
+    def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
+        values = [(control, ControlNetControl._value(control, options, sigma)) for control in self._group]
         self._acting = [(control, value) for control, value in values if value != 0.0]
         # Of several, each strength goes into the fuse; of one, it multiplies the residuals.
         return 1.0 if len(self._acting) > 1 else sum(value for _, value in self._acting)
 
-    def _residuals(self, step: Step) -> Residuals:
+    def _residuals(self, call: Call) -> Residuals:
         types = [control.type_number for control, _ in self._acting if control.type_number is not None]
-        return self.network(*self._inputs(step, step.of_frames(self._guided_hint(step, types))), types=types)
+        return self.network(*self._inputs(call, call.piece.of_frames(self._guided_hint(call, types))), types=types)
 
-    def _guided_hint(self, step: Step, types: list[int]) -> Tensor:
+    def _guided_hint(self, call: Call, types: list[int]) -> Tensor:
         """The hints of those that act now, fused; kept as long as nothing in it changes."""
-        key = (step.size, tuple((id(control), value) for control, value in self._acting))
+        key = (call.size, tuple((id(control), value) for control, value in self._acting))
         if self._fused is None or self._fused[0] != key:
-            features = [control._encode(step) for control, _ in self._acting]
+            features = [control._encode(call) for control, _ in self._acting]
             if len({len(feature) for feature in features} - {1}) > 1:
                 raise ControlError(
                     f"{self.name}: hints that are fused come for as many frames or for one, found "
@@ -204,10 +204,10 @@ class AdapterControl(NetworkControl):
     def _encode_hint(self, hint: Tensor) -> Residuals:
         return self.network(hint)
 
-    def _residuals(self, step: Step) -> Residuals:
-        encoded: Residuals = self._encode(step, self.network.hint_multiple)
+    def _residuals(self, call: Call) -> Residuals:
+        encoded: Residuals = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        return encoded.mapped(lambda _, residual: step.of_frames(residual))
+        return encoded.mapped(lambda _, residual: call.piece.of_frames(residual))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ...controlnet_core.dosing.strength import Strength
 from . import files
-from .control import Control, Options
+from .control import Control
 from .foreign import ForeignControl
 from .networks import UnionControl
+from .resize import Resize
 
 Entry = tuple[Any, Tensor, float, float, float]
 """(control_net, image (B,H,W,3) in 0..1, strength, start, end); the rest rides on control_net."""
@@ -20,13 +22,12 @@ class StackError(ValueError):
     """Something in the place of a CONTROL_NET_STACK, or of what one is made of."""
 
 
-def entry(control_net: Any, image: Tensor | None, strength: float, start: float, end: float, options: Options) -> Entry:
-    """One entry; raises for a missing image and for a window that cannot be meant."""
+def entry(control_net: Any, image: Tensor | None, strength: Strength, resize: Resize) -> Entry:
+    """One entry; raises for a missing image."""
     if image is None:
         raise StackError("control_net is connected and its image is not: connect the hint that it shall follow")
-    made = _control(control_net).with_options(options)
-    _dosed(made, image, strength, start, end)
-    return made, image, strength, start, end
+    made = _control(control_net).with_dosing(strength, resize)
+    return made, image, strength.value, strength.window.start, strength.window.end
 
 
 def read(stack: Any) -> list[Entry]:
@@ -62,7 +63,7 @@ def controls(stack: Sequence[Entry], vae: Any = None) -> list[Control]:
     made: list[Control] = []
     for net, image, strength, start, end in stack:
         control = _dosed(_control(net), image, strength, start, end, vae)
-        if control.strength_now().off:
+        if control.full_strength().off:
             continue
         if made and isinstance(control, UnionControl):
             control.joins = control.fuses_with(made[-1])
@@ -84,5 +85,5 @@ def _dosed(control: Control, image: Tensor, strength: float, start: float, end: 
     """A copy of `control` with this hint and strength; `image` (B,H,W,C) as nodes hand it on."""
     copy = control.copy()
     copy.set_cond_hint(image.movedim(-1, 1), strength, (start, end), vae=vae)
-    copy.strength_now()  # says what is wrong with the window while the node is at hand
+    copy.full_strength()  # says what is wrong with the window while the node is at hand
     return copy
