@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 
+class PieceError(ValueError):
+    """A call of the UNet that does not tell which piece of the run it is about."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """The samples that a control acts on in a call of the UNet with `samples` of them.
 
     `rows` are their places in the call's batch and `frames`, one for each, their numbers in the batch of the run: a
-    call may hold both halves of guidance, or a window of the frames of a video.
+    call may hold both halves of guidance, a window of the frames of a video, and several tiles of the picture.
     """
 
     samples: int
@@ -32,7 +36,7 @@ class Piece:
 
     def take(self, tensor: Tensor) -> Tensor:
         """The entries of `tensor` (samples, ...) that control acts on."""
-        return tensor if self.whole else tensor[self._index(self.rows, tensor.device)]
+        return tensor if self.whole else self._pick(tensor, self.rows)
 
     def scatter(self, part: Tensor, into: Tensor | None = None) -> Tensor:
         """`part` at its rows of the call's batch, and what `into` has elsewhere, or zeros; both stay as they are."""
@@ -42,11 +46,23 @@ class Piece:
         whole[self._index(self.rows, part.device)] = part
         return whole
 
-    def of_frames(self, tensor: Tensor) -> Tensor:
-        """One entry for all, or for each of the samples that of its frame; they start over where there are fewer."""
+    def numbers(self, count: int) -> tuple[int, ...]:
+        """Which of `count` entries the frames have, each once: entry i is frame i's, starting over where they end."""
+        return (0,) if count == 1 else tuple(sorted({frame % count for frame in self.frames}))
+
+    def of_frames(self, tensor: Tensor, count: int | None = None) -> Tensor:
+        """For each of the samples the entry of its frame; a single entry, for all of them, as it is.
+
+        `tensor` holds the entries `numbers(count)` of `count`; `None`: all that there are.
+        """
         if len(tensor) == 1:
             return tensor
-        return tensor[self._index(tuple(frame % len(tensor) for frame in self.frames), tensor.device)]
+        count = len(tensor) if count is None else count
+        place = {number: i for i, number in enumerate(self.numbers(count))} if len(tensor) < count else range(count)
+        return self._pick(tensor, tuple(place[frame % count] for frame in self.frames))
+
+    def _pick(self, tensor: Tensor, numbers: tuple[int, ...]) -> Tensor:
+        return tensor[self._index(numbers, tensor.device)]
 
     def _index(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         """The numbers as a tensor, moved to a device once."""
@@ -56,12 +72,21 @@ class Piece:
 
 
 @lru_cache(maxsize=64)
-def parts(samples: int, count: int, acting: tuple[int, ...], frames: tuple[int, ...] | None = None) -> Piece:
-    """The piece of a call whose batch is `count` parts of the same frames, such as guidance halves, one after another.
+def parts(
+    samples: int, count: int, acting: tuple[int, ...], frames: tuple[int, ...] | None = None, tiles: int = 1
+) -> Piece:
+    """The piece of a call whose batch holds, for each tile, `count` parts of the same frames one after another.
 
-    `acting` are the parts that control acts on, `frames` the numbers of a part's samples in the run; `None`: from 0 on.
-    The same piece is given for the same arguments, so that what it keeps on a device lasts.
+    The parts are such as the halves of guidance. `acting` are those that control acts on, `frames` the numbers of a
+    part's samples in the run; `None`: from 0 on. The same piece is given for the same arguments, so that what it keeps
+    on a device lasts. Raises PieceError where there are not as many frames as samples in a part.
     """
-    size = samples // count
+    size = samples // (count * tiles)
     numbers: Sequence[int] = range(size) if frames is None else frames
-    return Piece(samples, tuple(part * size + i for part in acting for i in range(size)), tuple(numbers) * len(acting))
+    if len(numbers) != size:
+        raise PieceError(
+            f"the model is called with {size} frames, and the window that it is about has {len(numbers)}: take off "
+            "what changes the number of frames inside a context window"
+        )
+    rows = tuple((tile * count + part) * size + i for tile in range(tiles) for part in acting for i in range(size))
+    return Piece(samples, rows, tuple(numbers) * (len(acting) * tiles))

@@ -26,7 +26,7 @@ STRIDES = {1: 8, 2: 16, 3: 32}
 """Pixels of the hint, on a side, for one pixel of the embedding: by the depth of a network's conditioning1."""
 
 Scale = Callable[[int, Tensor], Tensor | None]
-"""Scales the delta (B,C,h,w) of encoder block i as `strength.ControlScales` does a residual; `None`: nothing is left."""
+"""Scales the delta (B,C,h,w) of encoder block i as `strength.ControlScales` does a residual; `None`: nothing's left."""
 
 
 class LLLiteError(ValueError):

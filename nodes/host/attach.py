@@ -88,15 +88,11 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider, call = executor.class_obj, run.bound(executor, args, kwargs)
-        own = [control.copy() for control in controls]
-        for control in own:
-            control.latent_size = tuple(call.arguments["noise"].shape)
-        guider.conds = attach(guider.conds, own)
+        guider.conds = attach(guider.conds, controls)
         comfy.patcher_extension.add_wrapper_with_key(
             WrappersMP.CALC_COND_BATCH, KEY, run.calc_cond_batch, guider.model_options, is_model_options=True
         )
-        run.begin(call.arguments, guider)
-        return executor(*call.args, **call.kwargs)
+        return run.sample(executor, call)
 
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     return clone

@@ -6,8 +6,10 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import comfy.controlnet
@@ -24,7 +26,8 @@ from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
 from . import run
-from .resize import Resize, resize
+from .kept import Kept
+from .resize import POSITIONS, Resize, at_positions, resize, with_positions
 
 RECORD = "zeroconv_record"
 """Key in `transformer_options`: the record that RecordControl makes of what each control adds."""
@@ -56,23 +59,72 @@ class Call:
         return self.x.shape[2], self.x.shape[3]
 
 
+@dataclass(frozen=True)
+class Hint:
+    """The hint of a call: of `source` (F,C,H,W), the whole one or what was cut of it, the entries `numbers`.
+
+    The first `channels` are the picture's. With `count`, entry i is `piece.numbers(count)[i]` of so many; without,
+    there is one for each sample that control acts on. What is made of it may be kept under `key` while `alive` is.
+    """
+
+    source: Tensor
+    channels: int
+    numbers: tuple[int, ...]
+    count: int | None
+    key: Hashable
+    alive: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The picture's channels of these entries, (F,C,H,W), at the size that they were given in."""
+        return self._entries(self.source[:, : self.channels])
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Where the pixels lie in the whole hint, (F,2,H,W); `None` where that is not told."""
+        told = self.source[:, self.channels :]
+        return self._entries(told) if told.shape[1] == POSITIONS else None
+
+    def _entries(self, tensor: Tensor) -> Tensor:
+        return tensor if len(self.numbers) == len(tensor) else tensor[list(self.numbers)]
+
+    def of(self, piece: Piece, made: Tensor) -> Tensor:
+        """What was made of the entries, for each of the samples of `piece`."""
+        return made if self.count is None else piece.of_frames(made, self.count)
+
+
 class Control(comfy.controlnet.ControlBase):
-    """A control with a hint and a strength; what kind of control it is shows in `_residuals` alone."""
+    """A control with a hint and a strength; what kind of control it is shows in `_residuals` alone.
+
+    Others may cut the hint while a run goes on or before it: tiled samplers set `cond_hint` for each tile, upscalers
+    replace `cond_hint_original` on a copy. A control with a mask therefore hands out a hint that says where its pixels
+    lie, and its mask follows.
+    """
+
+    sub_idxs: list[int] | None
+    full_latent_length: int | None
+    context_length: int | None
 
     def __init__(self, name: str):
         super().__init__()
         self.name = name
         self.dosing = Strength()
         self.resize: Resize = "crop"
-        self.latent_size: tuple[int, ...] | None = None
+        self._uncut: Tensor | None = None
+        self._channels = 0
+        self._working_memory = 0
         self._forget_run()
 
     def _forget_run(self) -> None:
+        # AnimateDiff-Evolved asks for these and says there which frames a window has. Outside a run they are not there:
+        # Advanced-ControlNet takes everything that has them for one of its own.
+        for name in ("sub_idxs", "full_latent_length", "context_length"):
+            self.__dict__.pop(name, None)
         self._strength = Strength(0.0)
         self._off = True
         self._percent_to_sigma: Any = None
         self._model_config: UNetConfig | None = None
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._kept = Kept()
 
     # -- what nodes call -------------------------------------------------------------------------------------------
 
@@ -90,7 +142,14 @@ class Control(comfy.controlnet.ControlBase):
         """The host's settings and ours; what a run has computed stays behind."""
         super().copy_to(c)
         c.dosing, c.resize = self.dosing, self.resize
-        c.latent_size = self.latent_size
+        c._uncut, c._channels = self._uncut, self._channels
+
+    def set_cond_hint(self, cond_hint: Tensor, *args: Any, **kwargs: Any) -> Control:
+        """Take a hint (B,C,H,W) and the host's settings, whose number differs between its versions."""
+        super().set_cond_hint(cond_hint, *args, **kwargs)
+        self.cond_hint_original = self._uncut = cond_hint if self.dosing.mask is None else with_positions(cond_hint)
+        self._channels = cond_hint.shape[1]
+        return self
 
     def full_strength(self) -> Strength:
         """The strength that all settings describe, the host's and ours; raises for a window that cannot be meant."""
@@ -107,8 +166,8 @@ class Control(comfy.controlnet.ControlBase):
         return super().get_extra_hooks()
 
     def get_extra_hooks(self) -> list[Any]:
-        """The host's question for hooks; ours tell of the run where the control must know more than a call says."""
-        return [*self.foreign_hooks(), *([run.hook()] if self.one_sided or self.counts_steps else [])]
+        """The host's question for hooks; ours tells of the run, and ends it when sampling ends in whatever way."""
+        return [*self.foreign_hooks(), run.hook()]
 
     def check_fits(self, model: Any) -> UNetConfig:
         """The configuration of the host's `model` (a BaseModel); raises where the control or its dose does not fit."""
@@ -128,24 +187,26 @@ class Control(comfy.controlnet.ControlBase):
         self._model_config = self.check_fits(model)
         self._off = self._strength.off or not any(self._scales(1.0, (8, 8), None).weights)
         self._percent_to_sigma = percent_to_timestep_function
+        self.sub_idxs = self.full_latent_length = self.context_length = None
 
     def cleanup(self) -> None:
         """End a run."""
         super().cleanup()
         self._forget_run()
 
+    def expect(self, model: Any, frames: int, height: int, width: int) -> None:
+        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be."""
+        shapes = self._config_of(model).residual_shapes(height, width)
+        # Both halves of guidance at once, and a guided hint of the size of the first residual for each frame. What the
+        # control needs while it runs it gives back before the UNet takes as much or more.
+        self._working_memory = 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
+
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes of working memory: like the UNet's own at this latent, of which a control runs the first half."""
-        if self.latent_size is not None:
-            batch, height, width = self.latent_size[0], self.latent_size[-2], self.latent_size[-1]
-        elif self.cond_hint_original is not None:
-            batch = self.cond_hint_original.shape[0]
-            height, width = (n // 8 for n in self.cond_hint_original.shape[-2:])
-        else:
-            batch, height, width = 1, 64, 64
-        # The host reckons 0.01 MiB per latent pixel and byte for a UNet, and both guidance halves run at once.
-        own = 2 * batch * height * width * comfy.model_management.dtype_size(dtype) * 0.005 * 1024**2
-        return own + super().inference_memory_requirements(dtype)
+        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals."""
+        return max(self._memory(dtype), super().inference_memory_requirements(dtype))
+
+    def _memory(self, dtype: torch.dtype) -> float:
+        return self._working_memory * comfy.model_management.dtype_size(dtype)
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
@@ -167,11 +228,7 @@ class Control(comfy.controlnet.ControlBase):
         value = self._value(options, t) if halves else 0.0
         if value == 0.0:
             return None
-        size = x.shape[0] // batched_number
-        window, frames = options.get("context_window"), None
-        if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == size:
-            frames = tuple(window.index_list)
-        piece = parts(x.shape[0], batched_number, halves, frames)
+        piece = parts(x.shape[0], batched_number, halves, self._frames(options), _tiles(x, t, batched_number, options))
         cond = {
             key: piece.take(value) if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
@@ -199,6 +256,18 @@ class Control(comfy.controlnet.ControlBase):
         negative = options.get(run.HALVES) or {1: True}
         return tuple(i for i, number in enumerate(numbers) if not (self.one_sided and negative.get(number, False)))
 
+    def _frames(self, options: dict[str, Any]) -> tuple[int, ...] | None:
+        """The numbers of the frames that a call is about, where it is about some of the run's alone."""
+        given = getattr(self, "sub_idxs", None)
+        if given is not None:
+            return tuple(given)
+        window = options.get("context_window")
+        if window is None or getattr(window, "dim", None) != 0:
+            return None
+        # The window itself knows: newer hosts put an anchor frame before those that it lists.
+        all_frames = torch.arange(max(window.index_list) + 2)
+        return tuple(window.get_tensor(all_frames, dim=0).tolist())
+
     def _act(self, call: Call, previous: injection.HostControl | None) -> injection.HostControl | None:
         """What the UNet is given in a call in which this control acts; `previous` are the controls before it."""
         assert self._model_config is not None
@@ -223,32 +292,69 @@ class Control(comfy.controlnet.ControlBase):
         """The hint at its own size, (B,C,H,W)."""
         if self.cond_hint_original is None:
             raise ControlError(f"{self.name} has no hint: apply it with an image")
-        return self.cond_hint_original
+        return self.cond_hint_original[:, : self._channels]
 
-    def _hint(self, call: Call, multiple: int = 8) -> Tensor:
-        """The hint at 8 times the latent's size, rounded up to `multiple`, at its own batch and on its own device."""
-        height, width = (-(-8 * n // multiple) * multiple for n in call.size)
-        return resize(self._original_hint(), height, width, self.resize)
+    def _hint(self, call: Call) -> Hint:
+        """The hint of this call: what somebody has set for it, as the host's own controls take it, or the whole one."""
+        self._original_hint()  # says when there is none
+        given, size = self.cond_hint, tuple(8 * n for n in call.size)
+        if given is not None and tuple(given.shape[2:]) != size:
+            given = None  # as the host's own controls take it
+        if given is not None and self.resize != "crop":
+            raise ControlError(
+                f"{self.name}: a tiled sampler cuts the hint, and that is exact for resize crop alone, found "
+                f"{self.resize}: give the hint the picture's shape and choose crop"
+            )
+        if given is not None and len(given) == call.piece.samples:
+            return Hint(given, self._channels, call.piece.rows, None, (id(given), call.piece.rows), given)
+        source = self.cond_hint_original if given is None else given
+        numbers = self._numbers(call, len(source))
+        key = (call.size if given is None else id(given), numbers)
+        return Hint(source, self._channels, numbers, len(source), key, given)
+
+    def _numbers(self, call: Call, count: int) -> tuple[int, ...]:
+        """Which of `count` entries of the hint are encoded for this call."""
+        return call.piece.numbers(count)
 
     def _mask(self, call: Call) -> Tensor | None:
         """Where and on which pictures control acts, (B,1,8H,8W) or (B,1,1,1); `None` everywhere and on all."""
-        mask, schedule, frames = self._strength.mask, self._strength.schedule, call.piece.frames
+        mask, schedule = self._strength.mask, self._strength.schedule
         if mask is not None:
-            size = (call.size[0] * 8, call.size[1] * 8)
-            if size not in self._masks:
-                self._masks[size] = resize(mask, *size, self.resize, smooth=True).to(call.x)
-            mask = call.piece.of_frames(self._masks[size])
+            mask = self._mask_of(call, mask)
         if schedule is None or not schedule.per_image:
             return mask
-        pictures, last = len(frames) // len(call.halves), max(frames)
-        windowed = "context_window" in call.options
-        if last >= len(schedule.per_image) or (not windowed and len(schedule.per_image) != pictures):
+        frames, whole = call.piece.frames, self._frames(call.options) is None
+        if max(frames) >= len(schedule.per_image) or (whole and len(schedule.per_image) != max(frames) + 1):
             raise ControlError(
                 f"{self.name}: the schedule's per_image has {len(schedule.per_image)} strengths, the batch "
-                f"{f'at least {last + 1}' if windowed else pictures} pictures: write one for each"
+                f"{f'{max(frames) + 1}' if whole else f'at least {max(frames) + 1}'} pictures: write one for each"
             )
         strengths = call.piece.of_frames(call.x.new_tensor(schedule.per_image).reshape(-1, 1, 1, 1))
         return strengths if mask is None else mask * strengths
+
+    def _mask_of(self, call: Call, mask: Tensor) -> Tensor:
+        """The mask (B,1,8H,8W) for this call: cut like the hint, where somebody has cut that."""
+        height, width = (8 * n for n in call.size)
+        hint = self._hint(call)
+        if hint.source is self._uncut:
+            made = self._kept.get(
+                ("mask", call.size), lambda: resize(mask, height, width, self.resize, smooth=True).to(call.x)
+            )
+            return call.piece.of_frames(made)
+        positions = hint.positions
+        if positions is None or self._uncut is None:
+            raise ControlError(
+                f"{self.name}: another node has replaced the hint by one that does not say where it lies, so the mask "
+                "cannot follow: take the mask off, or that node"
+            )
+        shape = self._uncut.shape[2:]
+        if mask.shape[2] * shape[1] != mask.shape[3] * shape[0]:
+            raise ControlError(
+                f"{self.name}: a tiled sampler cuts the hint, {shape[1]}x{shape[0]}, and the mask, "
+                f"{mask.shape[3]}x{mask.shape[2]}, has another shape: give both the picture's shape"
+            )
+        positions = resize(hint.of(call.piece, positions), height, width, self.resize)
+        return at_positions(call.piece.of_frames(mask).to(call.x), positions)
 
     @property
     def _before(self) -> Any:
@@ -264,6 +370,15 @@ class Control(comfy.controlnet.ControlBase):
     def _residuals(self, call: Call) -> Residuals:
         """The residuals of this call at strength 1."""
         raise NotImplementedError
+
+
+def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:
+    """How many tiles of the picture are in a call, one after another with all parts of the batch in each.
+
+    The host says the sigmas of one part, and a tiled sampler repeats what the UNet is given for each tile.
+    """
+    part = len(options.get("sigmas", ())) * batched_number
+    return len(t) // part if part and len(t) == len(x) and len(t) % part == 0 else 1
 
 
 def _watch_sizes(options: dict[str, Any], config: UNetConfig) -> None:

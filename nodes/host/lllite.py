@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import comfy.patcher_extension
+import torch
 from torch import Tensor
 
 from ...controlnet_core.dosing.clock import Moment
@@ -13,7 +14,7 @@ from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks.injection import HostControl
 from ...controlnet_core.networks.lllite import PREFIX, LLLiteError, hooked, targets
 from ...controlnet_core.networks.unet import UNetConfig
-from .control import RECORD, Call, ControlError
+from .control import RECORD, Call, ControlError, Hint
 from .models import unet_config
 from .networks import NetworkControl
 
@@ -48,6 +49,9 @@ class LLLiteControl(NetworkControl):
         found = targets(model.diffusion_model, self.network)
         self._places = {name: (target.path, target.block) for name, target in found.items()}
 
+    def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     def _act(self, call: Call, previous: HostControl | None) -> HostControl | None:
         shifts: dict[LLLiteControl, _Shifts] = call.options.setdefault(KEY, {})
         # Samplers that work in tiles may ask again with the same options: what is there already then goes on.
@@ -56,7 +60,7 @@ class LLLiteControl(NetworkControl):
             shifts[self].install(call.options)
         scales = self._scales(call.value, call.size, self._mask(call))
         moment = self._moment(call.options, call.t) if RECORD in call.options else None
-        shifts[self].begin(call, scales, self._encode(call), moment)
+        shifts[self].begin(call, scales, *self._encode(call), moment)
         return previous
 
 
@@ -80,9 +84,11 @@ class _Shifts:
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, self.run, options
         )
 
-    def begin(self, call: Call, scales: ControlScales, embeddings: dict[str, Tensor], moment: Moment | None) -> None:
+    def begin(
+        self, call: Call, scales: ControlScales, hint: Hint, embeddings: dict[str, Tensor], moment: Moment | None
+    ) -> None:
         """Say what the next run of the UNet is given, and when that is where it is recorded."""
-        self.call, self.scales, self.embeddings, self.moment = call, scales, embeddings, moment
+        self.call, self.scales, self.hint, self.embeddings, self.moment = call, scales, hint, embeddings, moment
 
     def shift(self, name: str, x: Tensor) -> Tensor:
         """What the layer is given for x: shifted in the rows that control acts on, the others as they are."""
@@ -93,7 +99,7 @@ class _Shifts:
                 f"{name} expects {piece.samples} samples, its layer is given {x.shape[0]}: no other node may merge "
                 "or tile what this layer is given"
             )
-        embedding = piece.of_frames(self.embeddings[name])
+        embedding = self.hint.of(piece, self.embeddings[name])
         part = piece.take(x)
         shifted = self.network.shifted(name, self.places[name][1], part, embedding, self.scales.scaled)
         if self.moment is not None:

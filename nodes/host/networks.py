@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.controlnet
 import torch
 from torch import Tensor
 
@@ -12,8 +11,12 @@ from ...controlnet_core.files.loading import LoadedControl
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES
-from .control import Call, Control, ControlError
-from .models import unet_config
+from .control import Call, Control, ControlError, Hint
+from .models import on_device, unet_config
+from .resize import resize
+
+ENCODED_PIXELS = 16 * 512 * 512
+"""Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
 
 
 class NetworkControl(Control):
@@ -40,9 +43,13 @@ class NetworkControl(Control):
         """The host loads these with the model."""
         return [*super().get_models(), self.patcher]
 
-    def _forget_run(self) -> None:
-        super()._forget_run()
-        self._encoded: dict[tuple[int, int], Any] = {}
+    def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> NetworkControl:
+        """Another control with the same settings whose network is on another device."""
+        c = self.copy()
+        c.loaded, c.patcher = on_device(self.loaded, self.patcher, load_device)
+        if autoregister:
+            self.multigpu_clones[load_device] = c  # type: ignore[attr-defined] - newer hosts have it
+        return c
 
     def _config_of(self, model: Any) -> UNetConfig:
         config = unet_config(model, self.name, self.network.family)
@@ -55,20 +62,36 @@ class NetworkControl(Control):
             )
         return config
 
-    def _encode(self, call: Call, multiple: int = 8) -> Any:
-        """What the network makes of the hint, once per run and size, at the hint's own batch."""
-        if call.size not in self._encoded:
-            hint = self._hint(call, multiple).to(device=call.x.device, dtype=self.compute_dtype)
-            channels = self.network.hint_channels
-            if channels == 1:
-                hint = hint.mean(dim=1, keepdim=True)
-            if hint.shape[1] != channels:
-                raise ControlError(f"{self.name} takes a hint of {channels} channels, found {hint.shape[1]}")
-            self._encoded[call.size] = self._encode_hint(hint)
-        return self._encoded[call.size]
+    def _encode(self, call: Call, multiple: int = 8) -> tuple[Hint, Any]:
+        """The hint of this call and what the network makes of its rows, once per run, at 8 times the latent's size.
+
+        That size is rounded up to `multiple`. Large batches are encoded in pieces, so that they need little memory.
+        """
+        hint = self._hint(call)
+        height, width = (-(-8 * n // multiple) * multiple for n in call.size)
+
+        def encode() -> Any:
+            at_once = max(1, ENCODED_PIXELS // (height * width))
+            parts = [self._encode_rows(call, rows, height, width) for rows in hint.rows.split(at_once)]
+            return parts[0] if len(parts) == 1 else self._joined(parts)
+
+        return hint, self._kept.get((hint.key, multiple), encode, hint.alive)
+
+    def _encode_rows(self, call: Call, rows: Tensor, height: int, width: int) -> Any:
+        rows = resize(rows, height, width, self.resize).to(device=call.x.device, dtype=self.compute_dtype)
+        channels = self.network.hint_channels
+        if channels == 1:
+            rows = rows.mean(dim=1, keepdim=True)
+        if rows.shape[1] != channels:
+            raise ControlError(f"{self.name} takes a hint of {channels} channels, found {rows.shape[1]}")
+        return self._encode_hint(rows)
 
     def _encode_hint(self, hint: Tensor) -> Any:
         return self.network.encode_hint(hint)
+
+    def _joined(self, parts: list[Any]) -> Any:
+        """What several pieces of a batch were encoded to, as one."""
+        return torch.cat(parts)
 
 
 class ControlNetControl(NetworkControl):
@@ -89,7 +112,8 @@ class ControlNetControl(NetworkControl):
         return self.global_average_pooling or super().one_sided
 
     def _residuals(self, call: Call) -> Residuals:
-        residuals = self.network(*self._inputs(call, call.piece.of_frames(self._encode(call))))
+        hint, guided_hint = self._encode(call)
+        residuals = self.network(*self._inputs(call, hint.of(call.piece, guided_hint)))
         return residuals.pooled() if self.global_average_pooling else residuals
 
     def _inputs(self, call: Call, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,7 +181,6 @@ class UnionControl(ControlNetControl):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._acting: list[tuple[UnionControl, float]] = []
-        self._fused: tuple[Any, Tensor] | None = None
 
     @property
     def _group(self) -> list[UnionControl]:
@@ -175,39 +198,44 @@ class UnionControl(ControlNetControl):
         # Of several, each strength goes into the fuse; of one, it multiplies the residuals.
         return 1.0 if len(self._acting) > 1 else sum(value for _, value in self._acting)
 
+    def _numbers(self, call: Call, count: int) -> tuple[int, ...]:
+        # In the authors' network the pictures of a batch see each other: a window must not change what they see.
+        return super()._numbers(call, count) if self.type_number is None else tuple(range(count))
+
     def _residuals(self, call: Call) -> Residuals:
         types = [control.type_number for control, _ in self._acting if control.type_number is not None]
-        return self.network(*self._inputs(call, call.piece.of_frames(self._guided_hint(call, types))), types=types)
+        return self.network(*self._inputs(call, self._guided_hint(call, types)), types=types)
 
     def _guided_hint(self, call: Call, types: list[int]) -> Tensor:
-        """The hints of those that act now, fused; kept as long as nothing in it changes."""
-        key = (call.size, tuple((id(control), value) for control, value in self._acting))
-        if self._fused is None or self._fused[0] != key:
-            features = [control._encode(call) for control, _ in self._acting]
-            if len({len(feature) for feature in features} - {1}) > 1:
-                raise ControlError(
-                    f"{self.name}: hints that are fused come for as many frames or for one, found "
-                    f"{', '.join(str(len(feature)) for feature in features)}: give each the same number"
-                )
-            strengths = [value for _, value in self._acting]
-            self._fused = key, self.network.fuse(features, types, strengths) if types else features[0]
-        return self._fused[1]
+        """The hints of those that act now, fused, for each sample; kept as long as nothing in it changes."""
+        hints, features = zip(*(control._encode(call) for control, _ in self._acting), strict=True)
+        if len({len(feature) for feature in features} - {1}) > 1:
+            raise ControlError(
+                f"{self.name}: hints that are fused come for as many frames or for one, found "
+                f"{', '.join(str(len(feature)) for feature in features)}: give each the same number"
+            )
+        largest = max(range(len(features)), key=lambda i: len(features[i]))
+        if not types:
+            return hints[largest].of(call.piece, features[largest])
+        strengths = [value for _, value in self._acting]
+        key = (tuple(id(feature) for feature in features), tuple(strengths))
+        fused = self._kept.get(key, lambda: self.network.fuse(features, types, strengths), features)
+        return hints[largest].of(call.piece, fused)
 
 
 class AdapterControl(NetworkControl):
     """A T2I-Adapter: its residuals do not depend on time, and are computed once per run and size."""
 
-    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes of working memory: an adapter runs once, before the UNet, so that only those before it count."""
-        return comfy.controlnet.ControlBase.inference_memory_requirements(self, dtype)
-
     def _encode_hint(self, hint: Tensor) -> Residuals:
         return self.network(hint)
 
+    def _joined(self, parts: list[Residuals]) -> Residuals:
+        return Residuals.cat(parts)
+
     def _residuals(self, call: Call) -> Residuals:
-        encoded: Residuals = self._encode(call, self.network.hint_multiple)
+        hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        return encoded.mapped(lambda _, residual: call.piece.of_frames(residual))
+        return encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

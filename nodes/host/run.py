@@ -59,11 +59,25 @@ def moment(options: dict[str, Any], sigma: Tensor, percent_to_sigma: Callable[[f
     return options[RUN].moment(options.get("sigmas", sigma))
 
 
-def begin(arguments: dict[str, Any], guider: Any) -> None:
-    """Begin the run of a host's OUTER_SAMPLE, whose `arguments` by name come back with a callback that tells the clock.
+def sample(executor: Any, call: inspect.BoundArguments) -> Any:
+    """Go on with a wrapped OUTER_SAMPLE as a run that its controls are told of, and that they let go in any case.
 
-    A run that another wrapper has begun goes on. Raises ClockError, before anything is sampled, where a control on the
-    guider's conds counts steps that cannot be told.
+    Raises ClockError, before anything is sampled, where a control counts steps that cannot be told.
+    """
+    guider = executor.class_obj
+    begin(call.arguments, guider)
+    try:
+        return executor(*call.args, **call.kwargs)
+    finally:  # the host ends controls too, but not after an exception or Cancel
+        for control in controls(guider.conds):
+            if hasattr(control, "expect"):
+                control.cleanup()
+
+
+def begin(arguments: dict[str, Any], guider: Any) -> None:
+    """Begin the run of an OUTER_SAMPLE, whose `arguments` by name come back with a callback that tells the clock.
+
+    A run that another wrapper has begun goes on.
     """
     options = guider.model_options["transformer_options"]
     if RUN not in options:
@@ -76,8 +90,14 @@ def begin(arguments: dict[str, Any], guider: Any) -> None:
             clock.begun(0)
             arguments["callback"] = _counting(clock, arguments.get("callback"))
         options[RUN] = Run(clock)
-    if any(getattr(control, "counts_steps", False) for control in _controls(guider.conds)):
-        options[RUN].clock.check_steps()
+    handler, frames = guider.model_options.get("context_handler"), len(arguments["noise"])
+    if getattr(handler, "dim", None) == 0:
+        frames = min(frames, handler.context_length)
+    for control in controls(guider.conds):
+        if hasattr(control, "expect"):
+            control.expect(guider.model_patcher.model, frames, *arguments["noise"].shape[-2:])
+            if control.counts_steps:
+                options[RUN].clock.check_steps()
 
 
 def _counting(clock: Clock, callback: Any) -> Any:
@@ -91,7 +111,7 @@ def _counting(clock: Clock, callback: Any) -> Any:
     return counted
 
 
-def _controls(conds: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
+def controls(conds: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
     """Every control on a guider's conds, those before it in its chain as well."""
     for entries in conds.values():
         for cond in entries:
@@ -111,9 +131,7 @@ def bound(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspe
 
 def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """A wrapper of OUTER_SAMPLE that begins the run."""
-    call = bound(executor, args, kwargs)
-    begin(call.arguments, executor.class_obj)
-    return executor(*call.args, **call.kwargs)
+    return sample(executor, bound(executor, args, kwargs))
 
 
 def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
