@@ -107,7 +107,7 @@ class Inputs:
                         f"{name} is connected and no control_net: connect it to the Stack Controls whose control it "
                         "doses"
                     )
-            if not entries:
+            if self.stack is None:
                 raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
             return entries
         mask = None if self.mask is None else self.mask.reshape(-1, 1, *self.mask.shape[-2:])
@@ -125,7 +125,8 @@ class ApplyControl(io.ComfyNode):
             node_id="ApplyControl",
             display_name="Apply Control (ZeroConv)",
             category="ZeroConv",
-            description="Controls everything that the model samples, whatever the prompts.",
+            description="Controls everything that the model samples, whatever the prompts. For upscalers that work in "
+            "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, and do not find this one's.",
             inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
         )

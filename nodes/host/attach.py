@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import comfy.samplers
 from . import run
 from .control import Control, ControlError
 from .run import KEY, NEGATIVE, WrappersMP
+
+log = logging.getLogger(__name__)
 
 Conds = dict[str, list[dict[str, Any]]]
 """The lists of conds of a guider by their name ("positive", "negative", ...)."""
@@ -86,8 +89,11 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
                 "Prompt"
             )
 
+    sampled: list[tuple[int, ...]] = []
+
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider, call = executor.class_obj, run.bound(executor, args, kwargs)
+        _warn_of_tiles(controls, tuple(8 * n for n in call.arguments["noise"].shape[-2:]), sampled)
         guider.conds = attach(guider.conds, controls)
         comfy.patcher_extension.add_wrapper_with_key(
             WrappersMP.CALC_COND_BATCH, KEY, run.calc_cond_batch, guider.model_options, is_model_options=True
@@ -96,3 +102,17 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
 
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     return clone
+
+
+def _warn_of_tiles(controls: Sequence[Control], size: tuple[int, ...], sampled: list[tuple[int, ...]]) -> None:
+    """Say so in the log, once for a model, where it seems to sample the tiles of a picture: none of them is told."""
+    for control in controls:
+        height, width = control.cond_hint_original.shape[-2:]
+        if sampled.count(size) == 1 and height >= 1.5 * size[0] and width >= 1.5 * size[1]:
+            log.warning(
+                "%s has a hint of %dx%d, and pictures of %dx%d are sampled one after the other: if these are tiles of "
+                "a larger one, each of them gets the whole hint; use Apply Control to Prompt for such upscalers",
+                *(control.name, width, height, size[1], size[0]),
+            )
+            break
+    sampled.append(size)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from ...controlnet_core.dosing.block_weights import BlockWeights
 from ...controlnet_core.dosing.strength import Strength
 from . import files
 from .control import Control
@@ -31,24 +33,40 @@ def entry(control_net: Any, image: Tensor | None, strength: Strength, resize: Re
 
 
 def read(stack: Any) -> list[Entry]:
-    """The entries of a stack of ours or of another pack, as fives; what came in stays as it was."""
+    """The entries of a stack of ours or of another pack, as fives, in a list of their own; the stack stays as it was.
+
+    Entries may name the file of their control, as Comfyroll's and Easy-Use's do. A stack that is switched off is `None`
+    or empty, or has entries that are called None.
+    """
     if stack is None:
         return []
     if not isinstance(stack, (list, tuple)):
         raise StackError(f"a CONTROL_NET_STACK is a list, found {type(stack).__name__}: connect a stack node")
-    return [_read(i, found) for i, found in enumerate(stack)]
+    return [_read(i, found) for i, found in enumerate(stack) if not _switched_off(found)]
+
+
+def _switched_off(found: Any) -> bool:
+    return isinstance(found, (list, tuple)) and len(found) in (5, 7) and found[0] in ("None", None)
 
 
 def _read(i: int, found: Any) -> Entry:
-    if isinstance(found, (list, tuple)) and len(found) == 5:
-        return tuple(found)  # type: ignore[return-value]
-    if isinstance(found, (list, tuple)) and len(found) == 7 and isinstance(found[0], str):
-        name, strength, start, end, _, image, _ = found  # Easy-Use
-        return files.load(name), image, strength, start, end
-    raise StackError(
-        f"entry {i} of the control_net stack is {_what(found)}; expected (control_net, image, strength, "
-        "start_percent, end_percent): connect a stack made by ZeroConv, Comfyroll, Efficiency or Easy-Use"
-    )
+    fields = tuple(found) if isinstance(found, (list, tuple)) else ()
+    if len(fields) == 7 and isinstance(fields[0], str):  # Easy-Use
+        name, strength, start, end, soft, image, _ = fields
+        net: Any = files.load(name)
+        if soft != 1:  # each block's weight is that of the next deeper one times this
+            net = net.with_dosing(replace(net.dosing, block_weights=BlockWeights("soft", soft)), net.resize)
+    elif len(fields) == 5:
+        net, image, strength, start, end = fields
+        net = files.load(net) if isinstance(net, str) else net
+    else:
+        raise StackError(
+            f"entry {i} of the control_net stack is {_what(found)}; expected (control_net, image, strength, "
+            "start_percent, end_percent): connect a stack made by ZeroConv, Comfyroll, Efficiency or Easy-Use"
+        )
+    if image is None:
+        raise StackError(f"entry {i} of the control_net stack has no image: connect the hint that it shall follow")
+    return net, image, strength, start, end
 
 
 def _what(found: Any) -> str:

@@ -80,7 +80,9 @@ class MultiDiffusion:
             given = {k: repeated(v, len(tiles)) if isinstance(v, Tensor) else v for k, v in c.items()}
             t = repeated(args["timestep"], len(tiles))
             if "control" in c:
-                given["control"] = self.ask(c["control"], x, batch, (tiles, t, given), {**args, "model": apply_model.__self__})
+                given["control"] = self.ask(
+                    c["control"], x, batch, (tiles, t, given), {**args, "model": apply_model.__self__}
+                )
             for box, part in zip(batch, apply_model(tiles, t, **given).chunk(len(batch)), strict=True):
                 cut(canvas, box).add_(part)
                 cut(count, box).add_(1)
