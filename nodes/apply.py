@@ -126,7 +126,7 @@ class ApplyControl(io.ComfyNode):
             display_name="Apply Control (ZeroConv)",
             category="ZeroConv",
             description="Controls everything that the model samples, whatever the prompts. For upscalers that work in "
-            "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, and do not find this one's.",
+            "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, not this one's.",
             inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
         )

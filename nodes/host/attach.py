@@ -65,6 +65,9 @@ def _copied_to_negative(conds: Conds) -> Conds:
 
 def attach_to_prompt(positive: list[Any], negative: list[Any], controls: Sequence[Control]) -> tuple[list, list]:
     """CONDITIONING `positive` and `negative` with `controls` on every entry; what came in stays as it was."""
+    controls = [control.copy() for control in controls]
+    for control in controls:
+        control.on_both_prompts = True
     # The host's conds are dicts; the text embedding of an entry travels in them for the time being.
     plain = {
         name: [{**options, KEY: embedding} for embedding, options in entries]

@@ -110,6 +110,7 @@ class Control(comfy.controlnet.ControlBase):
         self.name = name
         self.dosing = Strength()
         self.resize: Resize = "crop"
+        self.on_both_prompts = False
         self._uncut: Tensor | None = None
         self._channels = 0
         self._working_memory = 0
@@ -142,6 +143,7 @@ class Control(comfy.controlnet.ControlBase):
         """The host's settings and ours; what a run has computed stays behind."""
         super().copy_to(c)
         c.dosing, c.resize = self.dosing, self.resize
+        c.on_both_prompts = self.on_both_prompts
         c._uncut, c._channels = self._uncut, self._channels
 
     def set_cond_hint(self, cond_hint: Tensor, *args: Any, **kwargs: Any) -> Control:
@@ -166,8 +168,12 @@ class Control(comfy.controlnet.ControlBase):
         return super().get_extra_hooks()
 
     def get_extra_hooks(self) -> list[Any]:
-        """The host's question for hooks; ours tells of the run, and ends it when sampling ends in whatever way."""
-        return [*self.foreign_hooks(), run.hook()]
+        """The host's question for hooks; ours tells of the run, and ends it when sampling ends in whatever way.
+
+        Conds with other hooks are no more sampled in one call, so that it rides on both prompts, or where it must.
+        """
+        needed = self.on_both_prompts or self.one_sided or self.counts_steps
+        return [*self.foreign_hooks(), *([run.hook()] if needed else [])]
 
     def check_fits(self, model: Any) -> UNetConfig:
         """The configuration of the host's `model` (a BaseModel); raises where the control or its dose does not fit."""
