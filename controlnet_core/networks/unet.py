@@ -38,6 +38,13 @@ class UNetConfig:
     use_linear: bool = False
     adm_in_channels: int | None = None
 
+    @property
+    def family(self) -> str:
+        """SDXL, SD2.x or SD1.x: the layout, at any width."""
+        if self.adm_in_channels is not None and len(self.channel_mult) == 3:  # SD2.1 unCLIP has a pooled vector too
+            return "SDXL"
+        return "SD2.x" if self.use_linear else "SD1.x"
+
     def heads(self, channels: int) -> int:
         """Number of attention heads at a width of `channels`."""
         return self.num_heads or channels // self.head_dim

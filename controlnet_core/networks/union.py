@@ -130,6 +130,10 @@ class UnionControlNet(ControlNet):
             )
         )
 
+    def describe(self) -> dict[str, str]:
+        """What it takes and gives, in a user's words; also the types of hint that it knows."""
+        return super().describe() | {"types": f"{self.n_types}: {', '.join(TYPES[: self.n_types])}"}
+
     def fuse(self, features: Sequence[Tensor], types: Sequence[int], strengths: Sequence[float]) -> Tensor:
         """The guided hint of one or more hints: (B, model_channels, H, W).
 

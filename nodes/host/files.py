@@ -13,7 +13,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...controlnet_core.files.formats import OTHER_PARTS
+from ...controlnet_core.files.layouts import OTHER_PARTS
 from ...controlnet_core.files.loading import LoadedControl, load_control, read_weights, usual_dtype
 from ...controlnet_core.networks.control_lora import MARKER, ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
@@ -34,7 +34,7 @@ from .networks import (
 )
 from .weights import base_weights
 
-KINDS: dict[type, type[NetworkControl]] = {
+HOST_CLASSES: dict[type, type[NetworkControl]] = {
     ControlNet: ControlNetControl,
     UnionControlNet: UnionControl,
     ControlLora: ControlLoraControl,
@@ -42,7 +42,7 @@ KINDS: dict[type, type[NetworkControl]] = {
     ControlLLLite: LLLiteControl,
     ControlNetLite: ControlNetControl,
 }
-"""The CONTROL_NET that runs each kind of network."""
+"""What runs each kind of network (`kinds.KINDS`) as a CONTROL_NET."""
 
 
 def register_lab() -> None:
@@ -83,7 +83,7 @@ def load(
         if model is None:
             _PATCHERS[key] = patcher
     loaded, compute = _LOADED[patcher]
-    control = KINDS[type(loaded.control)](name, loaded, patcher, compute)
+    control = HOST_CLASSES[type(loaded.control)](name, loaded, patcher, compute)
     set_control_type(control, control_type)
     return control
 

@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
+from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.unet import UNetConfig
 
 
@@ -44,11 +45,11 @@ def unet_config(model: Any, control: str, family: str | None) -> UNetConfig:
     )
 
 
-def patcher_of(module: torch.nn.Module) -> Any:
+def patcher_of(network: torch.nn.Module | ControlNetwork) -> Any:
     """The one ModelPatcher of a network, of the class that this host loads best."""
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(
-        module,
+        network,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )

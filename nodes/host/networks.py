@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from ...controlnet_core.files.loading import LoadedControl
+from ...controlnet_core.networks.control_lora import ControlLora
+from ...controlnet_core.networks.controlnet import ControlNet
+from ...controlnet_core.networks.lite import ControlNetLite
+from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.residuals import Residuals
+from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
-from ...controlnet_core.networks.union import TYPES
+from ...controlnet_core.networks.union import TYPES, UnionControlNet
 from .control import Control, ControlError, Step
 from .models import unet_config
 
@@ -19,16 +24,14 @@ from .models import unet_config
 class NetworkControl(Control):
     """A control with a network of ours; its weights and their place in memory are shared by all copies."""
 
+    network: ControlNetwork
+
     def __init__(self, name: str, loaded: LoadedControl, patcher: Any, compute_dtype: torch.dtype):
         super().__init__(name)
         self.loaded = loaded
+        self.network = loaded.control
         self.patcher = patcher
         self.compute_dtype = compute_dtype
-
-    @property
-    def network(self) -> Any:
-        """The core's network."""
-        return self.loaded.control
 
     def copy(self) -> NetworkControl:
         """Another control of the same network with the same settings."""
@@ -64,15 +67,14 @@ class NetworkControl(Control):
                 hint = hint.mean(dim=1, keepdim=True)
             if hint.shape[1] != channels:
                 raise ControlError(f"{self.name} takes a hint of {channels} channels, found {hint.shape[1]}")
-            self._encoded[step.size] = self._encode_hint(hint)
+            self._encoded[step.size] = self.network.encode_hint(hint)
         return self._encoded[step.size]
-
-    def _encode_hint(self, hint: Tensor) -> Any:
-        return self.network.encode_hint(hint)
 
 
 class ControlNetControl(NetworkControl):
     """A ControlNet. With the host's `global_average_pooling`, one for shuffle: pooled, on the prompt's half alone."""
+
+    network: ControlNet | ControlNetLite
 
     def _forget_run(self) -> None:
         super()._forget_run()
@@ -109,6 +111,8 @@ class ControlNetControl(NetworkControl):
 class ControlLoraControl(ControlNetControl):
     """A Control-LoRA: it borrows the layers of the model that it is applied to, in that model's dtype."""
 
+    network: ControlLora
+
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run on `model`."""
         super().pre_run(model, percent_to_timestep_function)
@@ -128,6 +132,7 @@ class UnionControl(ControlNetControl):
     own hint, type, strength, window and schedule (xinsir6/ControlNetPlus). The rest of the dose is the same for both.
     """
 
+    network: UnionControlNet
     joins = False
 
     @property
@@ -197,12 +202,11 @@ class UnionControl(ControlNetControl):
 class AdapterControl(NetworkControl):
     """A T2I-Adapter: its residuals do not depend on time, and are computed once per run and size."""
 
+    network: T2IAdapter
+
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
         """Bytes of working memory: an adapter runs once, before the UNet, so that only those before it count."""
         return comfy.controlnet.ControlBase.inference_memory_requirements(self, dtype)
-
-    def _encode_hint(self, hint: Tensor) -> Residuals:
-        return self.network(hint)
 
     def _residuals(self, step: Step) -> Residuals:
         encoded: Residuals = self._encode(step, self.network.hint_multiple)
