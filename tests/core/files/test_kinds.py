@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ NETWORKS: dict[type, Callable[[], ControlNetwork]] = {
     ControlNet: lambda: ControlNet(CONFIG),
     UnionControlNet: lambda: UnionControlNet(CONFIG, n_types=6),
     ControlLora: lambda: ControlLora.fresh(CONFIG, rank=2),
-    ControlNetLite: lambda: ControlNetLite(CONFIG),
+    ControlNetLite: lambda: ControlNetLite(replace(CONFIG, context_dim=0)),  # it has no attention to a text
     T2IAdapter: lambda: T2IAdapter(AdapterConfig(channels=(32, 64, 64, 64))),
     ControlLLLite: lambda: ControlLLLite(
         {"lllite_unet_middle_block_1_transformer_blocks_0_attn1_to_q": LLLite(64, 8, 8, 1, False)}
