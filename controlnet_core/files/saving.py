@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +20,7 @@ from ..networks.unet import UNetConfig
 from .kinds import kind_of
 from .layouts import CONTROL
 from .loading import usual_dtype
+from .writing import replacing
 
 
 class SaveError(ValueError):
@@ -173,19 +171,12 @@ def write(path: Path, weights: State, metadata: Mapping[str, str] | None = None)
 
     Raises SaveError with the system's reason and the room that there is.
     """
-    # A name that no loader lists, in the same folder, so that the last step is one rename.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_apart(weights), temporary, dict(metadata or {}))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(_apart(weights), temporary, dict(metadata or {}))
     except (OSError, SafetensorError) as error:
         raise SaveError(_failure(path, weights, error)) from error
-    finally:
-        with suppress(OSError):  # what went wrong has been said; here is only what it left
-            temporary.unlink(missing_ok=True)
 
 
 def _apart(weights: State) -> Weights:
