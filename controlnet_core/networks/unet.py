@@ -50,6 +50,14 @@ class UNetConfig:
         return self.num_heads or channels // self.head_dim
 
     @property
+    def attention_precision(self) -> torch.dtype | None:
+        """The dtype for products of queries and keys, `None` for theirs: SD2.x's are too large for fp16.
+
+        (Stability-AI/stablediffusion, ldm/modules/attention.py, ATTN_PRECISION.)
+        """
+        return torch.float32 if self.family == "SD2.x" else None
+
+    @property
     def time_embed_dim(self) -> int:
         """Width of the timestep embedding: four times the model's."""
         return self.model_channels * 4
@@ -139,7 +147,14 @@ class Encoder(nn.Module):
         config = self.config
         heads = config.heads(channels)
         return SpatialTransformer(
-            channels, config.context_dim, heads, depth, config.use_linear, operations=operations, **place
+            channels,
+            config.context_dim,
+            heads,
+            depth,
+            config.use_linear,
+            precision=config.attention_precision,
+            operations=operations,
+            **place,
         )
 
     def embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.union import UnionControlNet
 from ...lab.models import CONTROLS
 from .lllite import LLLiteControl
-from .models import dtypes, patcher_of
+from .models import dtypes, patcher_of, with_attention
 from .networks import (
     AdapterControl,
     ControlLoraControl,
@@ -94,7 +94,9 @@ def _load(path: Path, name: str, weight_dtype: torch.dtype | None, model: Any) -
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
     stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
     if MARKER in state:
-        operations = comfy.ops.manual_cast  # a Control-LoRA computes in its model's dtype, which only a run tells
+        operations = with_attention(
+            comfy.ops.manual_cast
+        )  # a Control-LoRA computes in its model's dtype, which only a run tells
     loaded = load_control(
         state,
         metadata,

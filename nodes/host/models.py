@@ -8,6 +8,8 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
+from comfy.ldm.modules import attention
+from torch import Tensor
 
 from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.unet import UNetConfig
@@ -63,4 +65,16 @@ def dtypes(weight_dtype: torch.dtype | None, file_dtype: torch.dtype) -> tuple[t
     management = comfy.model_management
     stored = weight_dtype or management.unet_dtype(model_params=-1, weight_dtype=file_dtype)
     cast = management.unet_manual_cast(stored, management.get_torch_device())
-    return stored, cast or stored, comfy.ops.pick_operations(stored, cast)
+    return stored, cast or stored, with_attention(comfy.ops.pick_operations(stored, cast))
+
+
+def with_attention(operations: Any) -> Any:
+    """The host's layer classes, and with them the attention that it was started with, as its own controls have it."""
+
+    class Operations(operations):
+        @staticmethod
+        def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, precision: torch.dtype | None) -> Tensor:
+            # Looked up at each call, as the host's own layers do: it is a name that other nodes set anew.
+            return attention.optimized_attention(q, k, v, heads, attn_precision=precision)
+
+    return Operations
