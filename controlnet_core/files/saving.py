@@ -67,7 +67,7 @@ def to_difference_file(
     network: ControlNetwork, base: State, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
 ) -> tuple[Weights, dict[str, str]]:
     """As `to_file`, holding what a ControlNet adds to the UNet weights `base` (`difference`); `dtype` None is fp32."""
-    if not any(known.needs_base for known in kind_of(network).formats):
+    if not any(form.needs_base for form in kind_of(network).formats):
         raise SaveError(f"difference files exist of ControlNets only, found a {network.kind}: save its own weights")
     weights, metadata = _file(network, network.state_dict(), "ldm", None, metadata)
     return _cast(difference(weights, base), dtype or torch.float32), {**metadata, "content": "difference"}

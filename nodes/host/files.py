@@ -19,6 +19,7 @@ from ...controlnet_core.networks.control_lora import MARKER, ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
 from ...controlnet_core.networks.lite import ControlNetLite
 from ...controlnet_core.networks.lllite import ControlLLLite
+from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.union import UnionControlNet
 from ...lab.models import CONTROLS
@@ -34,7 +35,7 @@ from .networks import (
 )
 from .weights import base_weights
 
-HOST_CLASSES: dict[type, type[NetworkControl]] = {
+HOST_CLASSES: dict[type[ControlNetwork], type[NetworkControl]] = {
     ControlNet: ControlNetControl,
     UnionControlNet: UnionControl,
     ControlLora: ControlLoraControl,
