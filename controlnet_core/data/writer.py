@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..files.saving import write
+from ..files.writing import sweep
 from ..keys import times
 from .manifest import NAME, DatasetError, Entry, Manifest, PromptFile, Shard, damage, read_manifest, write_manifest
 from .pictures import Crop
@@ -89,9 +90,8 @@ class Writer:
         self._rows: list[Row] = []
         self._texts: dict[str, tuple[Tensor, Tensor | None]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for kind in ("shard-", "prompts-", NAME):
-            for left in folder.glob(f".{kind}*.tmp"):
-                left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        for names in ("shard-*", "prompts-*", NAME):
+            sweep(folder, names)
         probe, (context, pooled) = self._latents(probe_picture())[0], encode_prompt("")
         fixed = {
             "resolution": options.resolution,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..files.loading import LoadError, read_weights
 from ..files.saving import write
+from ..files.writing import sweep
 from ..keys import Weights
 from .options import STRUCTURE, OptionsError, TrainingOptions
 
@@ -55,9 +56,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Remove the temporary files that a process left in `folder` when it was killed while it wrote."""
-    for left in folder.glob(".*.*.*.tmp"):  # .NAME.SUFFIX.UNIQUE.tmp, as `saving.write` and the log call them
-        left.unlink(missing_ok=True)
+    """Remove what a process left in `folder`, of any file with a suffix, when it was killed while it wrote."""
+    sweep(folder, "*.*")
 
 
 def files(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zeroconv.controlnet_core import diffusion
 from zeroconv.controlnet_core.data.dataset import Batch
-from zeroconv.controlnet_core.files.formats import from_diffusers, to_diffusers
+from zeroconv.controlnet_core.files.layouts import from_diffusers, to_diffusers
 from zeroconv.controlnet_core.keys import Weights
 from zeroconv.controlnet_core.networks.unet import UNetConfig
 from zeroconv.controlnet_core.training import loop, objective
