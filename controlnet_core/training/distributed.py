@@ -28,6 +28,11 @@ class Process:
     world: int = 1
     device: torch.device = torch.device("cpu")
 
+    def share(self, count: int) -> slice:
+        """Which of `count` examples are this process's; `count` is a multiple of `world`."""
+        each = count // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
     def gather(self, number: int) -> list[int]:
         """The number that each process gives, by rank; waits for all of them."""
         if self.world == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
@@ -94,6 +95,10 @@ class TrainingOptions:
     def dtype(self) -> torch.dtype:
         """The dtype that the networks compute in."""
         return PRECISIONS[self.precision]
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context in which networks with weights in fp32 compute at this precision on `device`."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """The options by name."""

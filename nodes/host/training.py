@@ -83,7 +83,7 @@ def train(
     comfy.model_management.unload_all_models()
     with torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
-        done = finished(folder, options, {"base": loop.fingerprint(base), "data": dataset.fingerprint})
+        done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
         process = Process(device=comfy.model_management.get_torch_device())
         steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
         del base  # the training lets go of it, too, once it has its own
@@ -149,7 +149,7 @@ def check_dataset(dataset: Dataset, model: Any, clip: Any, vae: Any) -> None:
     """Raise DatasetError where the dataset was made with other encoders than these, or for another kind of model."""
     encode_pictures, encode_prompt = encoders(vae, clip, model)
     with torch.inference_mode(False):  # the dataset keeps it, and training reads it
-        context, _ = dataset.empty
+        context, _ = dataset.empty_prompt
     picture = rearrange(torch.from_numpy(probe_picture()).float() / 255, "b h w c -> b c h w")
     found = {
         "clip": (encode_prompt("")[0], context),
