@@ -54,7 +54,7 @@ class Process:
 ALONE = Process()
 
 
-def described(environment: Mapping[str, str]) -> Process:
+def from_environment(environment: Mapping[str, str]) -> Process:
     """The process that the environment speaks of (RANK, WORLD_SIZE, LOCAL_RANK), with its device; alone if it does not.
 
     CUDA device LOCAL_RANK where there is CUDA, else the CPU. Raises DistributedError for more processes on this machine
@@ -80,7 +80,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Process]:
     nccl on CUDA (gloo where torch lacks it), gloo on the CPU. Raises DistributedError when the others do not appear,
     end, or do not answer for `PATIENCE`.
     """
-    process = described(environment)
+    process = from_environment(environment)
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if process.world == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class HeldOut:
     """The pictures `items` of a dataset that are never trained on: sampled now and then, and scored."""
 
     dataset: Dataset
-    items: list[int]
+    items: Sequence[int]
     alphas: Tensor
     options: TrainingOptions
     score: Score

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -173,7 +173,7 @@ def pass_loss(network: nn.Module, inputs: Inputs, alphas: Tensor, options: Train
     return objective.loss(predicted, target, objective.weights(options, inputs.timesteps, alphas))
 
 
-def _gradients_apart(network: nn.Module) -> Any:
+def _gradients_apart(network: nn.Module) -> AbstractContextManager[Any]:
     """Within it each process adds up its own gradients; the next pass outside exchanges their sum."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 

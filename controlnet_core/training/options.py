@@ -78,7 +78,7 @@ class TrainingOptions:
             if kind is float and type(value) is int:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:
-                raise OptionsError(f"{field.name} is {value!r}: expected {_KINDS[kind]}")
+                raise OptionsError(f"{field.name} is {value!r}: expected {_TYPES[kind]}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionsError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -167,7 +167,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainingOptions:
     return TrainingOptions(**values)
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 CHOICES = {
     "kind": KINDS,
     "connections": CONNECTIONS,

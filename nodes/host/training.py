@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...controlnet_core.data.dataset import Dataset
 from ...controlnet_core.data.manifest import DatasetError
-from ...controlnet_core.data.writer import SAME_ENCODER, off_by, probe_picture
+from ...controlnet_core.data.writer import SAME_ENCODER, probe_picture, relative_error
 from ...controlnet_core.diffusion import alphas_cumprod
 from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import read_weights
@@ -156,7 +156,7 @@ def check_dataset(dataset: Dataset, model: Any, clip: Any, vae: Any) -> None:
         "vae": (encode_pictures(picture).flatten(), torch.tensor(dataset.manifest.probe)),
     }
     for name, (ours, theirs) in found.items():
-        if ours.shape != theirs.shape or off_by(ours, theirs) > SAME_ENCODER:
+        if ours.shape != theirs.shape or relative_error(ours, theirs) > SAME_ENCODER:
             raise DatasetError(
                 f"{dataset.folder} was made with another {name} than the one that is connected: connect the one that "
                 "it was made with, or make a dataset with this one"
