@@ -32,7 +32,7 @@ class Checkpoint:
 
     `tensors` are named `model.`, `optimizer.<state>.` and `average.` with the parameter's name behind. `facts` is
     plain data: options, measurements, seconds, and what the base and the data are recognized by. Chance and data
-    position need no room: both follow from the seed and the step.
+    position need no room: both follow from the seed and the step (a training whose chance does not, adds it).
     """
 
     step: int

@@ -56,6 +56,11 @@ def test_alone_nothing_is_set_up():
         assert process.mean(number) is number
 
 
+def test_each_takes_its_share_of_the_examples():
+    assert [list(range(6))[Process(rank, 3).share(6)] for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert list(range(6))[ALONE.share(6)] == list(range(6))
+
+
 def test_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch):
     environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
     assert from_environment(environment) == Process(3, 4, torch.device("cpu"))
