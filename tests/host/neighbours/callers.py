@@ -1,7 +1,7 @@
 """What other packs do to a control before they call it, each in a few lines; the packs themselves where one is named.
 
-Read in shiimizu/ComfyUI-TiledDiffusion a155b1b, BlenderNeko/ComfyUI_TiledKSampler 2fd9b05, ssitu/
-34a3c2c and Kosinkadink/ComfyUI-AnimateDiff-Evolved d8d163c.
+Read in shiimizu/ComfyUI-TiledDiffusion a155b1b, BlenderNeko/ComfyUI_TiledKSampler 2fd9b05,
+ssitu/ComfyUI_UltimateSDUpscale 34a3c2c and Kosinkadink/ComfyUI-AnimateDiff-Evolved d8d163c.
 """
 
 from __future__ import annotations
