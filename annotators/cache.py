@@ -63,7 +63,7 @@ def _key(
     """A digest of all that the hint is made of."""
     given = {parameter.name: parameter.default for parameter in annotator.parameters} | dict(parameters or {})
     digest = hashlib.blake2b(digest_size=32)
-    text = [annotator.name, annotator.function, resolution, given, frame]
+    text = [annotator.name, resolution, given, frame]
     digest.update(pickle.dumps(text))
     for array in (image, mask):
         if array is not None:

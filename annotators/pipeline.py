@@ -10,9 +10,7 @@ import numpy as np
 
 from . import Annotator
 from .images import AnnotatorError, fit_mask, pad_to_multiple, resize_short_side, to_picture
-
-PADDED = 64
-"""Learned annotators see pictures whose sides are multiples of this."""
+from .keypoints import with_canvas
 
 LONGEST = 16384
 """Pixels of a hint's longer side; image libraries break at twice that."""
@@ -45,10 +43,10 @@ def annotate(
     try:
         picture = to_picture(image)
         _check_size(picture.shape[:2], resolution)
+        own = picture.shape[:2]
         picture = resize_short_side(picture, resolution)
         height, width = picture.shape[:2]
-        if annotator.networks:
-            picture = pad_to_multiple(picture, PADDED)
+        picture = pad_to_multiple(picture, annotator.multiple)
         if annotator.reads_mask:
             if mask is None:
                 raise AnnotatorError("found no mask: connect one, white where to paint anew")
@@ -56,9 +54,8 @@ def annotate(
         if annotator.reads_pose:
             if frame is None:
                 raise AnnotatorError("found no pose_keypoints: connect a node that gives them")
-            given["frame"] = frame
-        function = annotator.load()
-        made = function(*(networks() if callable(networks) else networks), picture, **given)
+            given["frame"] = with_canvas(frame, *own)
+        made = annotator.function(*(networks() if callable(networks) else networks), picture, **given)
     except AnnotatorError as error:
         raise AnnotatorError(f"{annotator.name}: {error}") from error
     except ImportError as error:

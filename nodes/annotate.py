@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..annotators import ANNOTATORS, Annotator, Parameter
+from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
+from ..annotators.keypoints import read_frames
 from .host import annotators as host_annotators
 from .host.progress import steps
 
@@ -26,7 +26,6 @@ class Annotate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        parameters = [_input(annotator, p) for annotator in ANNOTATORS for p in annotator.parameters]
         return io.Schema(
             node_id="Annotate",
             display_name="Annotate (ZeroConv)",
@@ -43,7 +42,7 @@ class Annotate(io.ComfyNode):
                     step=8,
                     tooltip="Short side of the hint in pixels; 0 keeps the image's own size.",
                 ),
-                *parameters,
+                *(_input(annotator, parameter) for annotator, parameter in PARAMETERS),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -74,7 +73,9 @@ class Annotate(io.ComfyNode):
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
         masks = each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
         frames = (
-            each(pose_keypoints, len(image), "frames of pose_keypoints") if chosen.reads_pose else [None] * len(image)
+            each(read_frames(pose_keypoints), len(image), "frames of pose_keypoints")
+            if chosen.reads_pose
+            else [None] * len(image)
         )
         hints, found = [], []
         for i, picture in enumerate(steps(image.float().cpu().numpy(), cls.hidden.unique_id)):
@@ -109,8 +110,6 @@ def each(given: Any, count: int, what: str) -> list[Any]:
     """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
     if given is None:
         return [None] * count
-    if isinstance(given, Mapping):  # one frame of keypoints, as some packs hand it on
-        given = [given]
     if len(given) not in (1, count):
         raise AnnotatorError(f"{count} images came with {len(given)} {what}: connect one for all or one for each")
     return [given[i % len(given)] for i in range(count)]

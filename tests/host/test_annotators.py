@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 if TYPE_CHECKING:
     from hosting import Host
 
-from zeroconv.annotators import ANNOTATORS, Annotator, Parameter
+from zeroconv.annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from zeroconv.annotators.cache import HintCache
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.networks import File, Network
@@ -78,14 +78,16 @@ def fake(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     assert "Annotate" in host.ours
     fake = Fake()
     annotate, adapter = sys.modules["zeroconv.nodes.annotate"], sys.modules["zeroconv.nodes.host.annotators"]
-    module = SimpleNamespace(build=fake.build, tiny=fake.tiny, plain=fake.plain)
-    monkeypatch.setitem(sys.modules, "zeroconv.annotators.fake", module)
+    module = SimpleNamespace(build=fake.build)
+    monkeypatch.setitem(sys.modules, "zeroconv.annotators.networks.fake", module)
     entries = (
-        Annotator("tiny", "fake:tiny", (Parameter("gain", 1.0, "How bright."),), networks=("tiny",)),
-        Annotator("plain", "fake:plain"),
-        Annotator("lacking", "fake:tiny", networks=("tiny",), packages=("no_such_package",)),
+        Annotator("tiny", fake.tiny, (Parameter("gain", "How bright."),), networks=("tiny",), multiple=64),
+        Annotator("plain", fake.plain),
+        Annotator("lacking", fake.tiny, networks=("tiny",), packages=("no_such_package",)),
     )
     monkeypatch.setattr(annotate, "ANNOTATORS", (*entries, *ANNOTATORS))
+    listed = [(entry, parameter) for entry in entries for parameter in entry.parameters]
+    monkeypatch.setattr(annotate, "PARAMETERS", (*listed, *PARAMETERS))
     monkeypatch.setattr(annotate, "HINTS", HintCache(10**8))
     file = File("someone/tiny", "tiny.safetensors", SIZE, hashlib.sha256(save(WEIGHTS)).hexdigest())
     monkeypatch.setattr(adapter, "NETWORKS", (Network("tiny", "fake:build", (file,), "MIT"),))

@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .images import AnnotatorError, to_picture
-from .pipeline import PADDED
+from ..images import PADDED, AnnotatorError, to_picture
 
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)
 """What torch.load raises for files that are none of its own, or not whole."""
@@ -84,6 +83,6 @@ def to_tensor(image: np.ndarray, network: nn.Module) -> Tensor:
     return rearrange(torch.from_numpy(picture), "h w c -> 1 c h w").to(place.device, place.dtype)
 
 
-def to_hint(values: Tensor) -> np.ndarray:
-    """A map (1,1,H,W) of numbers in 0..1 as a grey hint (H,W,3) float32."""
-    return np.repeat(rearrange(values.float().cpu(), "1 1 h w -> h w 1").numpy(), 3, axis=2)
+def to_map(values: Tensor) -> np.ndarray:
+    """A map (1,1,H,W) as (H,W) float32."""
+    return rearrange(values.float().cpu(), "1 1 h w -> h w").numpy()
