@@ -6,6 +6,7 @@ Read in shiimizu/ComfyUI-TiledDiffusion a155b1b, BlenderNeko/ComfyUI_TiledKSampl
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -80,7 +81,9 @@ class MultiDiffusion:
             given = {k: repeated(v, len(tiles)) if isinstance(v, Tensor) else v for k, v in c.items()}
             t = repeated(args["timestep"], len(tiles))
             if "control" in c:
-                given["control"] = self.ask(c["control"], x, batch, (tiles, t, given), {**args, "model": apply_model.__self__})
+                given["control"] = self.ask(
+                    c["control"], x, batch, (tiles, t, given), {**args, "model": apply_model.__self__}
+                )
             for box, part in zip(batch, apply_model(tiles, t, **given).chunk(len(batch)), strict=True):
                 cut(canvas, box).add_(part)
                 cut(count, box).add_(1)
@@ -174,7 +177,8 @@ def told_of_tiles(patch: pytest.MonkeyPatch) -> None:
     def pre_run_control(model: Any, conds: list[dict[str, Any]]) -> None:
         for cond in conds:
             if "control" in cond:
-                cond["control"].cleanup()
+                with contextlib.suppress(AttributeError):  # of a native Control-LoRA that no run has begun with
+                    cond["control"].cleanup()
                 cond["control"].pre_run(model, model.model_sampling.percent_to_sigma)
 
     patch.setattr(comfy.samplers, "get_area_and_mult", get_area_and_mult)
@@ -189,6 +193,66 @@ def in_tiles(host: Host, scene: Scene, sampler: Callable[..., Tensor] | None, **
             scene = replace(scene, model=scene.model.clone())
             scene.model.set_model_unet_function_wrapper(sampler)
         return host.sample(scene, **{"latent_image": latent(1, 32, 32), "steps": 2, **inputs})
+
+
+# -- AnimateDiff-Evolved ----------------------------------------------------------------------------------------------
+
+
+def animatediff(model: Any, length: int = 4, overlap: int = 2) -> Any:
+    """A clone of `model` that samples a few frames at a time, and tells each control of the chain which they are."""
+    from comfy.patcher_extension import WrappersMP
+
+    def sliding(executor: Any, base: Any, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> Any:
+        total, count = [torch.zeros_like(x) for _ in conds], torch.zeros_like(x)
+        for start in range(0, len(x) - overlap, length - overlap):
+            frames = [(start + i) % len(x) for i in range(length)]  # a last window goes on with the first frames
+            for cond in itertools.chain.from_iterable(entries for entries in conds if entries):
+                for control in reversed(list(chain(cond.get("control")))):
+                    if not hasattr(control, "sub_idxs"):
+                        raise ValueError(f"Control type {type(control).__name__} may not support required features")
+                    control.sub_idxs, control.full_latent_length, control.context_length = frames, len(x), length
+            told = {"sub_idxs": frames, "full_length": len(x), "context_length": length}
+            options["transformer_options"]["ad_params"] = told
+            for whole, part in zip(total, executor(base, conds, x[frames], timestep[frames], options), strict=True):
+                whole[frames] += part
+            count[frames] += 1
+        return [whole / count for whole in total]
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "AnimateDiff", sliding)
+    return clone
+
+
+# -- what samples a piece of the picture as a picture -----------------------------------------------------------------
+
+
+def cropped(entries: list, boxes: list[Box]) -> list:
+    """UltimateSDUpscale's prompts of one batch of tiles: copies of the chain, each with its whole hint cropped."""
+
+    def copied(control: Any) -> Any:
+        if control is None:
+            return None
+        copy = control.copy()
+        copy.cond_hint_original = torch.cat([cut(control.cond_hint_original, box, 8) for box in boxes])
+        copy.set_previous_controlnet(copied(control.previous_controlnet))
+        return copy
+
+    return [[embedding, {**options, "control": copied(options.get("control"))}] for embedding, options in entries]
+
+
+def slice_written(entries: list, box: Box) -> None:
+    """TiledKSampler: the slice of a tile in `cond_hint` of what the host knows for a ControlNet or an adapter."""
+    import comfy.controlnet
+
+    for control in itertools.chain.from_iterable(chain(options.get("control")) for _, options in entries):
+        if isinstance(control, comfy.controlnet.T2IAdapter):
+            control.control_input = None
+            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+        elif isinstance(control, comfy.controlnet.ControlLora):
+            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+        elif isinstance(control, comfy.controlnet.ControlNet):
+            piece = cut(control.cond_hint_original, box, 8)
+            control.cond_hint = piece.to(control.control_model.dtype).to(control.device)
 
 
 # -- the packs themselves ---------------------------------------------------------------------------------------------

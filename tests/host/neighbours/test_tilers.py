@@ -62,7 +62,6 @@ DOSES: dict[str, dict[str, Any]] = {
     "a mask": {"mask": MASK},
     "a mask for each, cond_only": {"mask": torch.cat([MASK, 1 - MASK]), "guidance": "cond_only"},
     "a strength for each": {"per_image": "1, 0.25"},
-    "a window of steps": {"unit": "step", "start": 1, "end": 2},
 }
 
 
