@@ -283,15 +283,24 @@ class Host:
         return self._recorded(lambda: self.call(node, model=model, **given)[0]["samples"])
 
     def sample_guided(
-        self, model: Any, guider: str, steps: int = STEPS, latent_image: dict[str, Tensor] | None = None, **inputs: Any
+        self,
+        model: Any,
+        guider: str,
+        steps: int = STEPS,
+        latent_image: dict[str, Tensor] | None = None,
+        sampler: Any = None,
+        sigmas: Tensor | None = None,
+        **inputs: Any,
     ) -> Run:
-        """Sample with SamplerCustomAdvanced and the guider node of this id."""
+        """Sample with SamplerCustomAdvanced and the guider node of this id; euler over normal sigmas unless given."""
         model = self.watched(model)
         custom = {
             "guider": self.call(guider, model=model, **inputs)[0],
             "noise": self.call("RandomNoise", noise_seed=5)[0],
-            "sampler": self.call("KSamplerSelect", sampler_name="euler")[0],
-            "sigmas": self.call("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0],
+            "sampler": sampler or self.call("KSamplerSelect", sampler_name="euler")[0],
+            "sigmas": self.call("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0]
+            if sigmas is None
+            else sigmas,
             "latent_image": latent_image or latent(),
         }
         return self._recorded(lambda: self.call("SamplerCustomAdvanced", **custom)[0]["samples"])

@@ -247,9 +247,9 @@ def test_a_dose_weighs_deltas_as_residuals(unet: UNet):
         left[:, :, : size // 2] = 1
         return 0.7 * weight * 16 / size * left.flatten(1, 2)
 
-    control, dose = loaded(state), strength.dose(0.7, BLOCKS, 16, mask)
+    control, scales = loaded(state), strength.scales(0.7, BLOCKS, 16, mask)
     expected = given.predict(by_hand(unet, state, given.hint, scale))
-    with applied(unet, control, control.encode_hint(given.hint), dose.weigh):
+    with applied(unet, control, control.encode_hint(given.hint), scales.scaled):
         assert_within(given.predict(unet), expected, 1e-4)
     assert relative_change(given.predict(unet), expected) >= 0.05
     assert relative_change(given.predict(by_hand(unet, state, given.hint)), expected) >= 0.05
