@@ -1,7 +1,7 @@
-"""What other packs do to a control before they call it, each in a few lines; and the packs themselves where one is named.
+"""What other packs do to a control before they call it, each in a few lines; and the packs themselves where named.
 
-Read in shiimizu/ComfyUI-TiledDiffusion a155b1b, BlenderNeko/ComfyUI_TiledKSampler 2fd9b05, ssitu/ComfyUI_UltimateSDUpscale
-34a3c2c and Kosinkadink/ComfyUI-AnimateDiff-Evolved d8d163c.
+Read in shiimizu/ComfyUI-TiledDiffusion a155b1b, BlenderNeko/ComfyUI_TiledKSampler 2fd9b05,
+ssitu/ComfyUI_UltimateSDUpscale 34a3c2c and Kosinkadink/ComfyUI-AnimateDiff-Evolved d8d163c.
 """
 
 from __future__ import annotations
@@ -119,11 +119,13 @@ class Definition(MultiDiffusion):
         before = [(one, dict(one.__dict__)) for one in chain(control)]
         control.cleanup()
         for one in chain(control):
-            one.cond_hint_original, options = pieces(one, x, batch, args["cond_or_uncond"])
-            if options is not None:
-                one.options = options
-        model = args["model"]
-        control.pre_run(model, model.model_sampling.percent_to_sigma)
+            hint = one.cond_hint_original[:, :3]
+            if hasattr(one, "dosing"):
+                hint, one.dosing = pieces(hint, one.dosing, x, batch, args["cond_or_uncond"])
+            else:
+                hint, _ = pieces(hint, None, x, batch, args["cond_or_uncond"])
+            one.set_cond_hint(hint, one.strength, one.timestep_percent_range)
+        control.pre_run(args["model"], args["model"].model_sampling.percent_to_sigma)
         alone = {"cond_or_uncond": [0], "uuids": args["c"]["transformer_options"]["uuids"][:1], "sigmas": call[1]}
         call[2]["transformer_options"] = {**call[2]["transformer_options"], **alone}
         result = control.get_control_orig(*call, 1, call[2]["transformer_options"])
@@ -132,33 +134,32 @@ class Definition(MultiDiffusion):
         return result
 
 
-def pieces(control: Any, x: Tensor, batch: list[Box], numbers: list[int]) -> tuple[Tensor, Any]:
-    """The hint of every sample of a batch of tiles of `x`, and our options with the dose of each in a mask."""
+def pieces(hint: Tensor, dosing: Any, x: Tensor, batch: list[Box], numbers: list[int]) -> tuple[Tensor, Any]:
+    """The hint of every sample of a batch of tiles of `x`, and our strength with the dose of each in a mask."""
     from zeroconv.nodes.host.resize import resize
 
-    options, (height, width) = getattr(control, "options", None), (8 * n for n in x.shape[2:])
-    how = "crop" if options is None else options.resize
+    height, width = (8 * n for n in x.shape[2:])
     count = len(x) // len(numbers)
 
     def rows(whole: Tensor) -> Tensor:
         each = whole if len(whole) == len(x) else repeated(repeated(whole, count), len(x))
         return torch.cat([cut(each, box, 8) for box in batch])
 
-    hint = rows(resize(control.cond_hint_original, height, width, how))
-    if options is None:
+    hint = rows(resize(hint, height, width, "crop"))
+    if dosing is None:
         return hint, None
     mask = torch.ones(1, 1, height, width)
-    if options.mask is not None:
-        mask = resize(options.mask, height, width, how, smooth=True)
-    if options.schedule is not None and options.schedule.per_image:
-        mask = mask * torch.tensor(options.schedule.per_image).reshape(-1, 1, 1, 1)
-        options = replace(options, schedule=replace(options.schedule, per_image=()))
-    if options.guidance == "cond_only":
+    if dosing.mask is not None:
+        mask = resize(dosing.mask, height, width, "crop", smooth=True)
+    if dosing.schedule is not None and dosing.schedule.per_image:
+        mask = mask * torch.tensor(dosing.schedule.per_image).reshape(-1, 1, 1, 1)
+        dosing = replace(dosing, schedule=replace(dosing.schedule, per_image=()))
+    if dosing.guidance == "cond_only":
         halves = torch.tensor([float(number == 0) for number in numbers]).repeat_interleave(count)
         mask = repeated(repeated(mask, count), len(x)) * halves.reshape(-1, 1, 1, 1)
-        options = replace(options, guidance="both")
-    plain = options.mask is None and len(mask) == 1
-    return hint, options if plain else replace(options, mask=rows(mask))
+        dosing = replace(dosing, guidance="both")
+    plain = dosing.mask is None and len(mask) == 1
+    return hint, dosing if plain else replace(dosing, mask=rows(mask))
 
 
 def told_of_tiles(patch: pytest.MonkeyPatch) -> None:

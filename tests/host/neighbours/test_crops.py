@@ -77,15 +77,25 @@ def test_a_mask_is_cropped_with_the_hint(host: Host, kind: str):
 
 def test_a_control_on_the_model_says_that_it_cannot_know_its_tile(host: Host, caplog: pytest.LogCaptureFixture):
     """The hint is of the whole picture, the run of a tile: nothing tells the two from a hint that is merely larger."""
+
+    def told() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return [message for message in messages if "Apply Control to Prompt" in message]
+
+    def tiles(scene: Scene) -> None:
+        for _ in BOXES:
+            host.sample(scene, latent_image=latent(1), steps=1)
+
     scene = apply(host, "ApplyControl", host.scene("sdxl"), ours(host, "controlnet"), HINT)
     with caplog.at_level(logging.WARNING):
-        upscaled(host, scene)
-    warnings = [record.getMessage() for record in caplog.records if "Apply Control to Prompt" in record.getMessage()]
-    assert len(warnings) == 1, "said once, not at every tile"
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        host.sample(scene, latent_image=latent(1, 32, 32), steps=1)
-    assert not caplog.records
+        tiles(scene)
+        assert len(told()) == 1, "said once, not at every tile"
+        scene = apply(host, "ApplyControl", host.scene("sdxl"), ours(host, "controlnet"), picture(1))
+        tiles(scene)
+        scene = apply(host, "ApplyControlToPrompt", host.scene("sdxl"), ours(host, "controlnet"), HINT)
+        tiles(scene)
+        assert not told()
 
 
 @pytest.mark.parametrize("node", ["ApplyControl", "ApplyControlToPrompt"])
@@ -131,7 +141,8 @@ def test_tiled_ksampler_itself(host: Host, monkeypatch: pytest.MonkeyPatch):
     def run(scene: Scene) -> Tensor:
         inputs = (5, 256, 256, "simple", 2, 3.0, "euler", "normal")
         with torch.inference_mode():
-            return node().sample(scene.model, *inputs, scene.positive, scene.negative, latent(1, 64, 64), 1.0)[0]["samples"]  # fmt: skip
+            (made,) = node().sample(scene.model, *inputs, scene.positive, scene.negative, latent(1, 64, 64), 1.0)
+        return made["samples"]
 
     theirs = apply(host, "ControlNetApplyAdvanced", host.scene("sdxl"), native(host, "controlnet").copy(), hint)
     for entry in theirs.positive + theirs.negative:
