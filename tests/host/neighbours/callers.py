@@ -6,6 +6,7 @@ ssitu/ComfyUI_UltimateSDUpscale 34a3c2c and Kosinkadink/ComfyUI-AnimateDiff-Evol
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -118,11 +119,13 @@ class Definition(MultiDiffusion):
         before = [(one, dict(one.__dict__)) for one in chain(control)]
         control.cleanup()
         for one in chain(control):
-            one.cond_hint_original, options = pieces(one, x, batch, args["cond_or_uncond"])
-            if options is not None:
-                one.options = options
-        model = args["model"]
-        control.pre_run(model, model.model_sampling.percent_to_sigma)
+            hint = one.cond_hint_original[:, :3]
+            if hasattr(one, "dosing"):
+                hint, one.dosing = pieces(hint, one.dosing, x, batch, args["cond_or_uncond"])
+            else:
+                hint, _ = pieces(hint, None, x, batch, args["cond_or_uncond"])
+            one.set_cond_hint(hint, one.strength, one.timestep_percent_range)
+        control.pre_run(args["model"], args["model"].model_sampling.percent_to_sigma)
         alone = {"cond_or_uncond": [0], "uuids": args["c"]["transformer_options"]["uuids"][:1], "sigmas": call[1]}
         call[2]["transformer_options"] = {**call[2]["transformer_options"], **alone}
         result = control.get_control_orig(*call, 1, call[2]["transformer_options"])
@@ -131,33 +134,32 @@ class Definition(MultiDiffusion):
         return result
 
 
-def pieces(control: Any, x: Tensor, batch: list[Box], numbers: list[int]) -> tuple[Tensor, Any]:
-    """The hint of every sample of a batch of tiles of `x`, and our options with the dose of each in a mask."""
+def pieces(hint: Tensor, dosing: Any, x: Tensor, batch: list[Box], numbers: list[int]) -> tuple[Tensor, Any]:
+    """The hint of every sample of a batch of tiles of `x`, and our strength with the dose of each in a mask."""
     from zeroconv.nodes.host.resize import resize
 
-    options, (height, width) = getattr(control, "options", None), (8 * n for n in x.shape[2:])
-    how = "crop" if options is None else options.resize
+    height, width = (8 * n for n in x.shape[2:])
     count = len(x) // len(numbers)
 
     def rows(whole: Tensor) -> Tensor:
         each = whole if len(whole) == len(x) else repeated(repeated(whole, count), len(x))
         return torch.cat([cut(each, box, 8) for box in batch])
 
-    hint = rows(resize(control.cond_hint_original, height, width, how))
-    if options is None:
+    hint = rows(resize(hint, height, width, "crop"))
+    if dosing is None:
         return hint, None
     mask = torch.ones(1, 1, height, width)
-    if options.mask is not None:
-        mask = resize(options.mask, height, width, how, smooth=True)
-    if options.schedule is not None and options.schedule.per_image:
-        mask = mask * torch.tensor(options.schedule.per_image).reshape(-1, 1, 1, 1)
-        options = replace(options, schedule=replace(options.schedule, per_image=()))
-    if options.guidance == "cond_only":
+    if dosing.mask is not None:
+        mask = resize(dosing.mask, height, width, "crop", smooth=True)
+    if dosing.schedule is not None and dosing.schedule.per_image:
+        mask = mask * torch.tensor(dosing.schedule.per_image).reshape(-1, 1, 1, 1)
+        dosing = replace(dosing, schedule=replace(dosing.schedule, per_image=()))
+    if dosing.guidance == "cond_only":
         halves = torch.tensor([float(number == 0) for number in numbers]).repeat_interleave(count)
         mask = repeated(repeated(mask, count), len(x)) * halves.reshape(-1, 1, 1, 1)
-        options = replace(options, guidance="both")
-    plain = options.mask is None and len(mask) == 1
-    return hint, options if plain else replace(options, mask=rows(mask))
+        dosing = replace(dosing, guidance="both")
+    plain = dosing.mask is None and len(mask) == 1
+    return hint, dosing if plain else replace(dosing, mask=rows(mask))
 
 
 def told_of_tiles(patch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,8 @@ def told_of_tiles(patch: pytest.MonkeyPatch) -> None:
     def pre_run_control(model: Any, conds: list[dict[str, Any]]) -> None:
         for cond in conds:
             if "control" in cond:
-                cond["control"].cleanup()
+                with contextlib.suppress(AttributeError):  # of a native Control-LoRA that no run has begun with
+                    cond["control"].cleanup()
                 cond["control"].pre_run(model, model.model_sampling.percent_to_sigma)
 
     patch.setattr(comfy.samplers, "get_area_and_mult", get_area_and_mult)
@@ -191,6 +194,66 @@ def in_tiles(host: Host, scene: Scene, sampler: Callable[..., Tensor] | None, **
             scene = replace(scene, model=scene.model.clone())
             scene.model.set_model_unet_function_wrapper(sampler)
         return host.sample(scene, **{"latent_image": latent(1, 32, 32), "steps": 2, **inputs})
+
+
+# -- AnimateDiff-Evolved ----------------------------------------------------------------------------------------------
+
+
+def animatediff(model: Any, length: int = 4, overlap: int = 2) -> Any:
+    """A clone of `model` that samples a few frames at a time, and tells each control of the chain which they are."""
+    from comfy.patcher_extension import WrappersMP
+
+    def sliding(executor: Any, base: Any, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> Any:
+        total, count = [torch.zeros_like(x) for _ in conds], torch.zeros_like(x)
+        for start in range(0, len(x) - overlap, length - overlap):
+            frames = [(start + i) % len(x) for i in range(length)]  # a last window goes on with the first frames
+            for cond in itertools.chain.from_iterable(entries for entries in conds if entries):
+                for control in reversed(list(chain(cond.get("control")))):
+                    if not hasattr(control, "sub_idxs"):
+                        raise ValueError(f"Control type {type(control).__name__} may not support required features")
+                    control.sub_idxs, control.full_latent_length, control.context_length = frames, len(x), length
+            told = {"sub_idxs": frames, "full_length": len(x), "context_length": length}
+            options["transformer_options"]["ad_params"] = told
+            for whole, part in zip(total, executor(base, conds, x[frames], timestep[frames], options), strict=True):
+                whole[frames] += part
+            count[frames] += 1
+        return [whole / count for whole in total]
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "AnimateDiff", sliding)
+    return clone
+
+
+# -- what samples a piece of the picture as a picture -----------------------------------------------------------------
+
+
+def cropped(entries: list, boxes: list[Box]) -> list:
+    """UltimateSDUpscale's prompts of one batch of tiles: copies of the chain, each with its whole hint cropped."""
+
+    def copied(control: Any) -> Any:
+        if control is None:
+            return None
+        copy = control.copy()
+        copy.cond_hint_original = torch.cat([cut(control.cond_hint_original, box, 8) for box in boxes])
+        copy.set_previous_controlnet(copied(control.previous_controlnet))
+        return copy
+
+    return [[embedding, {**options, "control": copied(options.get("control"))}] for embedding, options in entries]
+
+
+def slice_written(entries: list, box: Box) -> None:
+    """TiledKSampler: the slice of a tile in `cond_hint` of what the host knows for a ControlNet or an adapter."""
+    import comfy.controlnet
+
+    for control in itertools.chain.from_iterable(chain(options.get("control")) for _, options in entries):
+        if isinstance(control, comfy.controlnet.T2IAdapter):
+            control.control_input = None
+            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+        elif isinstance(control, comfy.controlnet.ControlLora):
+            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+        elif isinstance(control, comfy.controlnet.ControlNet):
+            piece = cut(control.cond_hint_original, box, 8)
+            control.cond_hint = piece.to(control.control_model.dtype).to(control.device)
 
 
 # -- the packs themselves ---------------------------------------------------------------------------------------------

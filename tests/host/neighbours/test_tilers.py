@@ -62,7 +62,6 @@ DOSES: dict[str, dict[str, Any]] = {
     "a mask": {"mask": MASK},
     "a mask for each, cond_only": {"mask": torch.cat([MASK, 1 - MASK]), "guidance": "cond_only"},
     "a strength for each": {"per_image": "1, 0.25"},
-    "a window of steps": {"unit": "step", "start": 1, "end": 2},
 }
 
 
@@ -80,11 +79,18 @@ def test_the_dose_of_two_pictures_is_cut_with_the_hint(host: Host, dose: str, ki
     assert off_by(other, expected) >= 1e-3, "the dose does nothing here"
 
 
-@pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
-def test_a_hint_of_another_shape_is_made_to_fit_before_it_is_cut(host: Host, resize: str):
-    scene = whole(host, "ApplyControlToPrompt", "controlnet", picture(4, 1, 192, 320), resize=resize)
+def test_a_hint_of_another_shape_is_cropped_before_it_is_cut(host: Host):
+    scene = whole(host, "ApplyControlToPrompt", "controlnet", picture(4, 1, 192, 320))
     run, expected = in_tiles(host, scene, MultiDiffusion()), in_tiles(host, scene, Definition())
     assert off_by(run, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("resize", ["stretch", "pad"])
+def test_a_hint_that_is_not_to_be_cropped_is_refused(host: Host, resize: str):
+    """Tilers crop it themselves, as the host's own rule is."""
+    scene = whole(host, "ApplyControlToPrompt", "controlnet", picture(4, 1, 192, 320), resize=resize)
+    with pytest.raises(Exception, match=f"a tiled sampler cuts the hint, .* resize crop alone, found {resize}"):
+        in_tiles(host, scene, MultiDiffusion())
 
 
 @pytest.mark.parametrize("size", [(16, 16, 8), (24, 40, 24), (32, 32, 64)])
