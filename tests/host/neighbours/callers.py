@@ -261,15 +261,14 @@ def slice_written(entries: list, box: Box) -> None:
 _numbers = itertools.count()
 
 
-def pack(variable: str, patch: pytest.MonkeyPatch) -> Any:
-    """The pack whose folder this variable of the environment names, loaded anew as the host loads it."""
+def pack(variable: str, patch: pytest.MonkeyPatch, file: str = "__init__.py") -> Any:
+    """The pack whose folder this variable of the environment names, or one file of it, loaded as the host loads it."""
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"{variable} names no checkout")
     name = f"neighbour_{next(_numbers)}"
-    spec = importlib.util.spec_from_file_location(
-        name, Path(folder) / "__init__.py", submodule_search_locations=[folder]
-    )
+    inside = [folder] if file == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, Path(folder) / file, submodule_search_locations=inside)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     patch.setitem(sys.modules, name, module)
