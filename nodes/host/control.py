@@ -93,8 +93,17 @@ class Hint:
         return made if self.count is None else piece.of_frames(made, self.count)
 
 
-class Control(comfy.controlnet.ControlBase):
+class HintsAsGiven:
+    """What stands for a network where others ask in which dtype a hint is wanted: as it is."""
+
+    dtype = torch.float32
+
+
+class Control(comfy.controlnet.ControlNet):
     """A control with a hint and a strength; what kind of control it is shows in `_residuals` alone.
+
+    It is one of the host's ControlNets in name alone, without a network of the host's: TiledKSampler tells no others of
+    their tiles, and asks them for a `device` and for the dtype of `control_model`.
 
     Others may cut the hint while a run goes on or before it: tiled samplers set `cond_hint` for each tile, upscalers
     replace `cond_hint_original` on a copy. A control with a mask therefore hands out a hint that says where its pixels
@@ -106,8 +115,10 @@ class Control(comfy.controlnet.ControlBase):
     context_length: int | None
 
     def __init__(self, name: str):
-        super().__init__()
+        super().__init__(None)
         self.name = name
+        self.device = comfy.model_management.get_torch_device()
+        self.control_model: Any = HintsAsGiven()
         self.dosing = Strength()
         self.resize: Resize = "crop"
         self.on_both_prompts = False
@@ -138,6 +149,10 @@ class Control(comfy.controlnet.ControlBase):
     def copy(self) -> Control:
         """Another control of the same network with the same settings."""
         raise NotImplementedError
+
+    def get_models(self) -> list[Any]:
+        """What the host loads with the model: here that of the controls before."""
+        return comfy.controlnet.ControlBase.get_models(self)
 
     def copy_to(self, c: Any) -> None:
         """The host's settings and ours; what a run has computed stays behind."""
