@@ -63,6 +63,7 @@ class ForeignControl(Control):
         """End a run."""
         super().cleanup()
         self.inner.cleanup()
+        self.inner.cond_hint_original = None
 
     def _forget_run(self) -> None:
         super()._forget_run()
