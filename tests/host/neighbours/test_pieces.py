@@ -29,6 +29,7 @@ class Asked:
     contexts: Tensor | None = None
 
 
+@torch.inference_mode()
 def residuals(host: Host, control: Any, asked: Asked, begin: bool = True) -> list[Tensor]:
     """What the control gives for this call of the tiny SDXL model, where the latents have sigma 5."""
     model = host.model("sdxl").model
