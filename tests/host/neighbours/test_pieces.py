@@ -90,7 +90,10 @@ def drawn(seed: int) -> Drawn:
     )
 
 
-@pytest.mark.parametrize("kind", ["lite", "controlnet", "foreign", "adapter", "lora"])
+PROPERTY_KINDS = ("lite", "controlnet", "foreign", "adapter", "lora")
+
+
+@pytest.mark.parametrize("kind", PROPERTY_KINDS)
 @pytest.mark.parametrize("seed", range(12))
 def test_any_call_is_its_samples_one_by_one(host: Host, kind: str, seed: int):
     case = drawn(1000 * len(kind) + seed)
@@ -162,7 +165,7 @@ def begin(host: Host, control: Any) -> None:
 
 def test_the_cases_differ():
     """Some of everything is drawn."""
-    cases = [drawn(1000 * len(kind) + seed) for kind in ("lite", "lora") for seed in range(12)]
+    cases = [drawn(1000 * len(kind) + seed) for kind in PROPERTY_KINDS for seed in range(12)]
     for kind in (
         lambda case: case.window and case.boxes,
         lambda case: case.window and not case.boxes,
