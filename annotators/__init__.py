@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Annotator:
     picture (H,W,3) float32 0..1, which it leaves as it is, and its parameters by name; it gives a hint (H,W,3) of the
     same size. With `reads_mask` it takes a `mask` (H,W), 0..1, and with `reads_pose` one `frame` of POSE_KEYPOINT, and
     cannot do without. With `gives_pose` it gives (hint, frame). `packages` are what it needs beyond those of the pack.
-    Pictures come with sides that are multiples of `multiple`, continued by reflection.
+    Pictures come with sides that are multiples of `multiple`, continued by reflection; `batched` functions take several
+    at once, (B,H,W,3), and give as much. With `draw` the function gives what it sees, (H,W) float32, and `draw` makes
+    the hints of what was seen of all pictures of a batch, one after the other, with parameters of its own.
     """
 
     name: str
@@ -43,14 +48,21 @@ class Annotator:
     networks: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     multiple: int = 1
+    batched: bool = False
+    draw: Callable[..., Iterator[np.ndarray]] | None = None
     reads_mask: bool = False
     reads_pose: bool = False
     gives_pose: bool = False
 
     def __post_init__(self) -> None:
-        own = signature(self.function).parameters
+        own = {**signature(self.function).parameters, **(signature(self.draw).parameters if self.draw else {})}
         filled = tuple(replace(parameter, default=own[parameter.name].default) for parameter in self.parameters)
         object.__setattr__(self, "parameters", filled)
+
+    def own(self, function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that `function`, one of the two, reads: as `given`, else their defaults."""
+        names = signature(function).parameters
+        return {p.name: given.get(p.name, p.default) for p in self.parameters if p.name in names}
 
 
 ORDER: tuple[tuple[str, ...], ...] = (
@@ -95,6 +107,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("colour:shuffle", "seed"),
     # what came later
     ("pose:pose", "threshold"),
+    ("depth:depth_large", "range"),
+    ("depth:depth_small", "range"),
+    ("depth:depth_anything", "range"),
+    ("depth:depth_zoe", "range"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 

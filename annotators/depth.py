@@ -6,52 +6,88 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import Annotator
+from . import Annotator, Parameter
 from .images import grey
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from transformers import DepthAnythingForDepthEstimation, DPTForDepthEstimation, ZoeDepthForDepthEstimation
 
 ZOE_PERCENTILES = (2, 85)
 
 
 def depth_midas(network: DPTForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """MiDaS depth (H,W,3) float32, stretched to 0..1, of a picture (H,W,3) (lllyasviel/ControlNet annotator/midas)."""
+    """MiDaS inverse depth (B,H,W) float32, larger is nearer, of pictures (B,H,W,3), or of one."""
     from .networks.depth import midas
 
-    return grey(stretched(midas(network, image)))
+    return midas(network, image)
 
 
 def depth_anything(network: DepthAnythingForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """Depth Anything's depth (H,W,3) float32, stretched to 0..1, of a picture (H,W,3)."""
+    """Depth Anything's inverse depth (B,H,W) float32, larger is nearer, of pictures (B,H,W,3), or of one."""
     from .networks.depth import anything
 
-    return grey(stretched(anything(network, image)))
+    return anything(network, image)
 
 
 def depth_zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """ZoeDepth's metric depth as a hint (H,W,3) float32, from the 2nd percentile (white) to the 85th (black).
-
-    As in lllyasviel/ControlNet-v1-1-nightly annotator/zoe: farther than the 85th percentile is black, too.
-    """
+    """ZoeDepth's depth in metres (H,W) float32 of a picture (H,W,3)."""
     from .networks.depth import zoe
 
-    depth = zoe(network, image)
-    near, far = (float(number) for number in np.percentile(depth, ZOE_PERCENTILES))
-    if far <= near:
-        return np.zeros((*depth.shape, 3), np.float32)
-    return grey((1 - (depth - near) / (far - near)).clip(0, 1))
+    return zoe(network, image)
 
 
-def stretched(depth: np.ndarray) -> np.ndarray:
-    """The depth with its least number at 0 and its greatest at 1; a flat one is 0 everywhere."""
-    least, greatest = float(depth.min()), float(depth.max())
-    return (depth - least) / (greatest - least) if greatest > least else np.zeros_like(depth)
+def stretched_hints(depths: Iterable[np.ndarray], range: str = "picture") -> Iterator[np.ndarray]:
+    """Hints (H,W,3) float32 of inverse depths (H,W): from the farthest, black, to the nearest, white.
 
+    Of each by itself (lllyasviel/ControlNet annotator/midas), or with `range` batch of all, so that what does not move
+    in a video keeps its grey.
+    """
+    bounds = None
+    if range == "batch":
+        depths = list(depths)
+        bounds = min(float(one.min()) for one in depths), max(float(one.max()) for one in depths)
+    for depth in depths:
+        yield grey(stretched(depth, *(bounds or (float(depth.min()), float(depth.max())))))
+
+
+def metric_hints(depths: Iterable[np.ndarray], range: str = "picture") -> Iterator[np.ndarray]:
+    """Hints (H,W,3) float32 of depths (H,W) in metres: from the 2nd percentile, white, to the 85th, black.
+
+    As in lllyasviel/ControlNet-v1-1-nightly annotator/zoe: farther than the 85th percentile is black, too. The
+    percentiles are those of each picture, or with `range` batch those of all.
+    """
+    bounds = None
+    if range == "batch":
+        depths = list(depths)
+        bounds = np.percentile(np.concatenate([one.ravel() for one in depths]), ZOE_PERCENTILES)
+    for depth in depths:
+        near, far = (float(number) for number in (np.percentile(depth, ZOE_PERCENTILES) if bounds is None else bounds))
+        yield grey(1 - stretched(depth, near, far) if far > near else np.zeros_like(depth))
+
+
+def stretched(depth: np.ndarray, least: float, greatest: float) -> np.ndarray:
+    """The depth with `least` at 0 and `greatest` at 1, cut to 0..1; where they are the same, 0 everywhere."""
+    return ((depth - least) / (greatest - least)).clip(0, 1) if greatest > least else np.zeros_like(depth)
+
+
+_RANGE = Parameter(
+    "range",
+    "Where black and white are: at the bounds of each picture, or of all of a batch, so that a video does not flicker.",
+    choices=("picture", "batch"),
+)
 
 RECORDS = (
-    Annotator("depth_large", depth_midas, networks=("dpt_large",)),
-    Annotator("depth_small", depth_midas, networks=("dpt_hybrid",)),
-    Annotator("depth_anything", depth_anything, networks=("depth_anything_v2_small",)),
-    Annotator("depth_zoe", depth_zoe, networks=("zoedepth",)),
+    Annotator("depth_large", depth_midas, (_RANGE,), networks=("dpt_large",), batched=True, draw=stretched_hints),
+    Annotator("depth_small", depth_midas, (_RANGE,), networks=("dpt_hybrid",), batched=True, draw=stretched_hints),
+    Annotator(
+        "depth_anything",
+        depth_anything,
+        (_RANGE,),
+        networks=("depth_anything_v2_small",),
+        batched=True,
+        draw=stretched_hints,
+    ),
+    Annotator("depth_zoe", depth_zoe, (_RANGE,), networks=("zoedepth",), draw=metric_hints),
 )

@@ -28,7 +28,7 @@ SCRIBBLE_REACH = 4
 
 
 def hed(network: nn.Module, image: np.ndarray, safe: bool = True) -> np.ndarray:
-    """Soft edges, white on black, (H,W,3) float32 0..1, of an RGB image (H,W,3) whose sides are multiples of 64.
+    """Soft edges, white on black, (B,H,W,3) float32 0..1, of RGB images (B,H,W,3), or of one, with sides of 64 n.
 
     `safe` rounds them down to black, grey and white. Source: lllyasviel/ControlNet-v1-1-nightly, annotator/hed and
     annotator/util.py (safe_step). Raises AnnotatorError for other sizes.
@@ -42,15 +42,21 @@ def hed(network: nn.Module, image: np.ndarray, safe: bool = True) -> np.ndarray:
 
 
 def scribble_hed(network: nn.Module, image: np.ndarray, safe: bool = True, threshold: float = 127.0) -> np.ndarray:
-    """White strokes of a thick pen on black, (H,W,3) float32 0..1, along the soft edges of an RGB image (H,W,3).
+    """White strokes of a thick pen on black, (B,H,W,3) float32 0..1, along the soft edges that `hed` finds.
 
     Edges are smoothed, thinned to their ridges and kept where above `threshold` (0..255), then drawn anew. Source:
     lllyasviel/ControlNet-v1-1-nightly, gradio_scribble.py and annotator/util.py (nms). Raises as `hed`.
     """
+    soft = hed(network, image, safe)
+    return np.stack([_strokes(one, threshold) for one in soft]) if soft.ndim == 4 else _strokes(soft, threshold)
+
+
+def _strokes(soft: np.ndarray, threshold: float) -> np.ndarray:
+    """The scribble (H,W,3) of soft edges (H,W,3)."""
     import cv2
 
     # In bytes, as published: which pixels are ridges hangs on the rounding.
-    edges = (hed(network, image, safe)[:, :, 0] * 255).astype(np.uint8)
+    edges = (soft[:, :, 0] * 255).astype(np.uint8)
     smooth = cv2.GaussianBlur(edges.astype(np.float32), (0, 0), SCRIBBLE_SIGMA)
     ridge = np.any([cv2.dilate(smooth, np.array(line, np.uint8)) == smooth for line in LINES], axis=0)
     lines = np.where(ridge & (smooth > threshold), 255, 0).astype(np.uint8)
@@ -64,12 +70,13 @@ _SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint t
 _SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint texture comes through.")
 
 RECORDS = (
-    Annotator("hed", hed, (_SAFE,), networks=("hed",), multiple=PADDED),
+    Annotator("hed", hed, (_SAFE,), networks=("hed",), multiple=PADDED, batched=True),
     Annotator(
         "scribble_hed",
         scribble_hed,
         (_SAFE, Parameter("threshold", "Only soft edges brighter than this get a stroke.", 0.0, 255.0, 1.0)),
         networks=("hed",),
         multiple=PADDED,
+        batched=True,
     ),
 )

@@ -57,8 +57,8 @@ def to_picture(image: np.ndarray) -> np.ndarray:
 
 
 def grey(values: np.ndarray) -> np.ndarray:
-    """A map (H,W) of numbers as a hint (H,W,3) float32 whose three channels are the same."""
-    return np.repeat(values[:, :, None].astype(np.float32, copy=False), 3, axis=2)
+    """A map (...,H,W) of numbers as a hint (...,H,W,3) float32 whose three channels are the same."""
+    return np.repeat(values[..., None].astype(np.float32, copy=False), 3, axis=-1)
 
 
 def pad_to_multiple(image: np.ndarray, multiple: int = PADDED) -> np.ndarray:

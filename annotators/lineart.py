@@ -17,7 +17,7 @@ ANIME_MULTIPLE = 256
 
 
 def lineart(network: nn.Module, image: np.ndarray) -> np.ndarray:
-    """White lines on black, (H,W,3) float32 0..1, of an RGB image (H,W,3) whose sides are multiples of 64.
+    """White lines on black, (B,H,W,3) float32 0..1, of RGB images (B,H,W,3), or of one, with sides of 64 n.
 
     The published lineart ControlNets read the generator's drawing inverted. Source: lllyasviel/ControlNet-v1-1-nightly,
     annotator/lineart. Raises AnnotatorError for other sizes.
@@ -46,7 +46,7 @@ def lineart_anime(network: nn.Module, image: np.ndarray) -> np.ndarray:
 
 
 RECORDS = (
-    Annotator("lineart_realistic", lineart, networks=("lineart_realistic",), multiple=PADDED),
-    Annotator("lineart_coarse", lineart, networks=("lineart_coarse",), multiple=PADDED),
+    Annotator("lineart_realistic", lineart, networks=("lineart_realistic",), multiple=PADDED, batched=True),
+    Annotator("lineart_coarse", lineart, networks=("lineart_coarse",), multiple=PADDED, batched=True),
     Annotator("lineart_anime", lineart_anime, networks=("lineart_anime",)),
 )

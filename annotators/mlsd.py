@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def mlsd(
     network: nn.Module, image: np.ndarray, score_threshold: float = 0.1, dist_threshold: float = 0.1
 ) -> np.ndarray:
-    """Straight lines, white and 1 pixel wide on black, (H,W,3) float32 0..1, of an RGB image (H,W,3).
+    """Straight lines, white and 1 pixel wide on black, (B,H,W,3) float32 0..1, of RGB images (B,H,W,3), or of one.
 
     Sides are multiples of 64. A line is kept with a score (0..1) above `score_threshold` and a length above
     `dist_threshold`, in units of 2 pixels. Source: lllyasviel/ControlNet-v1-1-nightly, annotator/mlsd. Raises
@@ -26,11 +26,13 @@ def mlsd(
 
     from .networks.mlsd import lines
 
-    hint = np.zeros(image.shape[:2], np.uint8)
-    for ends in lines(network, image, score_threshold, dist_threshold):
-        x1, y1, x2, y2 = (int(end) for end in ends)
-        cv2.line(hint, (x1, y1), (x2, y2), 255)
-    return grey(hint.astype(np.float32) / 255)
+    found = lines(network, image, score_threshold, dist_threshold)
+    hints = [np.zeros(image.shape[-3:-1], np.uint8) for _ in found]
+    for hint, segments in zip(hints, found):
+        for ends in segments:
+            x1, y1, x2, y2 = (int(end) for end in ends)
+            cv2.line(hint, (x1, y1), (x2, y2), 255)
+    return grey(np.stack(hints).reshape(image.shape[:-1]).astype(np.float32) / 255)
 
 
 RECORDS = (
@@ -43,5 +45,6 @@ RECORDS = (
         ),
         networks=("mlsd",),
         multiple=PADDED,
+        batched=True,
     ),
 )

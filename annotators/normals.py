@@ -80,7 +80,7 @@ def normal_midas(
 
 
 def normal_moge(network: MoGe, image: np.ndarray) -> np.ndarray:
-    """Normals (H,W,3) float32 0..1 of a picture (H,W,3): what faces left is red, up green, the viewer blue.
+    """Normals (B,H,W,3) float32 0..1 of pictures (B,H,W,3), or of one: what faces left is red, up green, us blue.
 
     ScanNet's colours, in which ControlNet 1.1's normals are (lllyasviel/ControlNet-v1-1-nightly README). Where the
     network knows none, as of the sky, the viewer is faced. Raises AnnotatorError for an answer that is not finite.
@@ -119,5 +119,5 @@ RECORDS = (
         ),
         networks=("dpt_hybrid",),
     ),
-    Annotator("normal_moge", normal_moge, networks=("moge2_small",)),
+    Annotator("normal_moge", normal_moge, networks=("moge2_small",), batched=True),
 )

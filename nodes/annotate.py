@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
@@ -12,12 +14,16 @@ from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
 from ..annotators.keypoints import read_frames
+from ..annotators.pipeline import draw
 from .host import annotators as host_annotators
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
-HINTS = HintCache(256 << 20)
+AT_ONCE = 8 * 512**2
+"""Pixels of the pictures that a network looks at together."""
+
+HINTS = HintCache(512 << 20)
 """The node runs again when any of its widgets changes or one frame of many; what the change does not touch is kept."""
 
 
@@ -77,19 +83,29 @@ class Annotate(io.ComfyNode):
             if chosen.reads_pose
             else [None] * len(image)
         )
-        hints, found = [], []
-        for i, picture in enumerate(steps(image.float().cpu().numpy(), cls.hidden.unique_id)):
-            area = None if masks[i] is None else masks[i].float().cpu().numpy()
-            hint, frame = HINTS.annotate(
-                chosen, picture, resolution, networks=networks, mask=area, frame=frames[i], parameters=own
-            )
+        masks = [None if mask is None else mask.float().cpu().numpy() for mask in masks]
+        together = max(1, AT_ONCE // image[0, :, :, 0].numel()) if chosen.batched else 1
+        pictures, found, run = image.float().cpu().numpy(), [], object()
+
+        def seen() -> Iterator[np.ndarray]:
+            for first in steps(range(0, len(image), together), cls.hidden.unique_id):
+                part = slice(first, first + together)
+                also: dict[str, Any] = {"masks": masks[part], "frames": frames[part], "parameters": own, "run": run}
+                for one, frame in HINTS.see(chosen, pictures[part], resolution, networks=networks, **also):
+                    found.extend([] if frame is None else [frame])
+                    yield one
+
+        hints: torch.Tensor | None = None
+        for i, (hint, area) in enumerate(zip(draw(chosen, seen(), own), masks)):
             if area is not None and not chosen.reads_mask:
                 hint = hint * fit_mask(area, *hint.shape[:2])[:, :, None]
-            hints.append(torch.from_numpy(hint))
-            found += [] if frame is None else [frame]
-        hint = torch.stack(hints)
+            # All of a video twice would be more than there is room for: each hint goes to its place.
+            hints = torch.empty(len(image), *hint.shape) if hints is None else hints
+            hints[i] = torch.from_numpy(hint)
+        assert hints is not None
         # What marks the masked pixels need not be a colour: the picture that is shown is clamped, the hint is not.
-        return io.NodeOutput(hint, found or pose_keypoints or [], ui=ui.PreviewImage(hint.clamp(0, 1), cls=cls))
+        shown = hints.clamp(0, 1) if chosen.reads_mask else hints
+        return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))
 
 
 def _input(annotator: Annotator, parameter: Parameter) -> Any:

@@ -83,6 +83,8 @@ def test_the_table_of_the_papers_ideas_is_long_enough_to_be_one():
     found = rows(ARCHITECTURE)
     assert len(found) >= 30
     assert all(names for _, _, names in found)
+    ideas = " ".join(idea for idea, _, _ in found).lower()
+    assert all(word in ideas for word in ("zero convolution", "loss", "transfer", "guidance", "lite", "convergence"))
 
 
 @pytest.mark.parametrize(("idea", "file", "names"), rows(ARCHITECTURE), ids=[row[0] for row in rows(ARCHITECTURE)])
@@ -139,3 +141,4 @@ def test_the_core_names_what_it_imports_and_nothing_else():
     imported = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert sorted(imported) == sorted(controlnet_core.__all__)
     assert all(hasattr(controlnet_core, name) for name in controlnet_core.__all__)
+    assert len(imported) <= 20

@@ -47,13 +47,12 @@ def build_zoe(config: Path, weights: Path) -> nn.Module:
 
 
 def midas(network: DPTForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """MiDaS inverse depth (H,W) float32, larger is nearer, of a picture (H,W,3).
+    """MiDaS inverse depth (B,H,W) float32, larger is nearer, of pictures (B,H,W,3), or of one.
 
-    The network looks at the picture as it is, as in the published preprocessor; transformers' own way squeezes it to
+    The network looks at a picture as it is, as in the published preprocessor; transformers' own way squeezes it to
     384x384, and agrees where it has that size.
     """
-    picture = to_picture(image)
-    height, width = picture.shape[:2]
+    height, width = image.shape[-3:-1]
     size = _looked_at(height, width, DPT_MULTIPLE, 1.0)
     config: Any = network.config
     if config.is_hybrid:
@@ -61,29 +60,28 @@ def midas(network: DPTForDepthEstimation, image: np.ndarray) -> np.ndarray:
         embeddings: Any = network.dpt.embeddings
         embeddings.image_size = size
     with torch.inference_mode():
-        looked = _placed(_tensor(_resized(picture, size)) * 2 - 1, network)
+        looked = _placed(_looked(image, size) * 2 - 1, network)
         seen: Any = network.dpt(looked, output_hidden_states=True)
         blocks = [seen.hidden_states[index + 1] for index in config.backbone_out_indices]
         if config.is_hybrid:
             blocks = [*seen.intermediate_activations, *blocks[2:]]
         depth = network.head(network.neck(blocks, size[0] // DPT_PATCH, size[1] // DPT_PATCH))
-    return _resized(_whole(depth[0]), (height, width))
+    return np.stack([_resized(one, (height, width)) for one in _whole(depth)]).reshape(image.shape[:-1])
 
 
 def anything(network: DepthAnythingForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """Depth Anything's inverse depth (H,W) float32, larger is nearer, of a picture (H,W,3).
+    """Depth Anything's inverse depth (B,H,W) float32, larger is nearer, of pictures (B,H,W,3), or of one.
 
     The network looks with a short side of 518 pixels (DepthAnything/Depth-Anything-V2 depth_anything_v2/dpt.py).
     """
-    picture = to_picture(image)
-    height, width = picture.shape[:2]
+    height, width = image.shape[-3:-1]
     size = _looked_at(height, width, ANYTHING_MULTIPLE, ANYTHING_SHORT_SIDE / min(height, width))
     with torch.inference_mode():
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        looked = _placed((_tensor(_resized(picture, size)) - mean) / std, network)
+        looked = _placed((_looked(image, size) - mean) / std, network)
         depth = network(pixel_values=looked).predicted_depth.float()
         depth = nn.functional.interpolate(depth[:, None], (height, width), mode="bilinear", align_corners=True)
-    return _whole(depth[0, 0])
+    return _whole(depth).reshape(image.shape[:-1])
 
 
 def zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
@@ -100,7 +98,8 @@ def zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
     scales = (ZOE_HEIGHT / padded[0], ZOE_WIDTH / padded[1])
     size = _looked_at(*padded, ZOE_MULTIPLE, min(scales, key=lambda scale: abs(1 - scale)))
     with torch.inference_mode():
-        looked = nn.functional.interpolate(_tensor(picture), size, mode="bilinear", align_corners=True) * 2 - 1
+        tensor = rearrange(torch.from_numpy(picture), "h w c -> 1 c h w")
+        looked = nn.functional.interpolate(tensor, size, mode="bilinear", align_corners=True) * 2 - 1
         looked = _placed(looked, network)
         # Not both in one batch: the network would decide once for the two whether they are indoors or outdoors.
         mirrored = network(pixel_values=looked.flip(3)).predicted_depth.flip(2)
@@ -124,8 +123,10 @@ def _resized(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(cv2.resize(array, size[::-1], interpolation=cv2.INTER_CUBIC))
 
 
-def _tensor(picture: np.ndarray) -> Tensor:
-    return rearrange(torch.from_numpy(picture), "h w c -> 1 c h w")
+def _looked(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Pictures (B,H,W,3), or one, in the size at which a network looks at them: (B,3,h,w)."""
+    pictures = [_resized(to_picture(one), size) for one in (image if image.ndim == 4 else [image])]
+    return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w")
 
 
 def _placed(tensor: Tensor, network: nn.Module) -> Tensor:

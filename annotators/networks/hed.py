@@ -58,11 +58,11 @@ def build(path: Path) -> nn.Module:
 
 @torch.inference_mode()
 def edges(network: nn.Module, image: np.ndarray) -> np.ndarray:
-    """Soft edges (H,W) float32, 0..1, of an RGB image (H,W,3) whose sides are multiples of 64.
+    """Soft edges (B,H,W) float32, 0..1, of RGB images (B,H,W,3), or of one, whose sides are multiples of 64.
 
     Raises AnnotatorError for other sizes.
     """
     pixels = learned.to_tensor(image, network) * 255
     size = pixels.shape[-2:]
     maps = [F.interpolate(logits, size, mode="bilinear", align_corners=False) for logits in network(pixels)]
-    return learned.to_map(torch.stack(maps).mean(0).float().sigmoid())
+    return learned.to_maps(torch.stack(maps).mean(0).float().sigmoid(), image)

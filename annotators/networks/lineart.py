@@ -101,14 +101,14 @@ def build_anime(path: Path) -> nn.Module:
 
 @torch.inference_mode()
 def drawing(network: nn.Module, image: np.ndarray) -> np.ndarray:
-    """What a generator draws, (H,W) float32, lines dark, of an RGB image (H,W,3) whose sides are multiples of 64.
+    """What a generator draws, (B,H,W) float32, lines dark, of RGB images (B,H,W,3), or of one, with sides of 64 n.
 
     Raises AnnotatorError for other sizes.
     """
-    return learned.to_map(network(learned.to_tensor(image, network)))
+    return learned.to_maps(network(learned.to_tensor(image, network)), image)
 
 
 @torch.inference_mode()
 def anime_drawing(network: nn.Module, image: np.ndarray) -> np.ndarray:
     """As `drawing`, by the anime generator, of an image whose sides are multiples of 256."""
-    return learned.to_map(network(learned.to_tensor(image, network) * 2 - 1)) / 2 + 0.5
+    return learned.to_maps(network(learned.to_tensor(image, network) * 2 - 1), image) / 2 + 0.5

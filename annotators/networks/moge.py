@@ -253,18 +253,20 @@ def build(path: Path) -> nn.Module:
 
 @torch.inference_mode()
 def normals(network: MoGe, image: np.ndarray) -> np.ndarray:
-    """Normals (H,W,3) float32 of length 1 of a picture (H,W,3): x to the right, y down, z away.
+    """Normals (B,H,W,3) float32 of length 1 of pictures (B,H,W,3), or of one: x to the right, y down, z away.
 
     Where the network knows none, as of the sky, the viewer is faced. Raises AnnotatorError for an answer that is not
     finite.
     """
     weight = network.encoder.backbone.cls_token
-    pixels = rearrange(torch.from_numpy(to_picture(image)), "h w c -> 1 c h w").to(weight.device, weight.dtype)
+    pictures = np.stack([to_picture(one) for one in (image if image.ndim == 4 else [image])])
+    pixels = rearrange(torch.from_numpy(pictures), "b h w c -> b c h w").to(weight.device, weight.dtype)
     found, known = (answer.float() for answer in network(pixels))
     if not (found.isfinite().all() and known.isfinite().all()):
         raise AnnotatorError("the network answered with numbers that are not finite: run it in fp32, or fetch it again")
     front = found.new_tensor([0.0, 0.0, -1.0]).view(1, 3, 1, 1)
-    return rearrange(torch.where(known > 0.5, found, front), "1 c h w -> h w c").contiguous().cpu().numpy()
+    facing = rearrange(torch.where(known > 0.5, found, front), "b c h w -> b h w c")
+    return facing.contiguous().cpu().numpy().reshape(image.shape)
 
 
 def _view(rows: int, columns: int, aspect: float) -> Tensor:

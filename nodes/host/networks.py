@@ -20,7 +20,7 @@ from .control import Call, Control, ControlError, Hint
 from .models import on_device, unet_config
 from .resize import resize
 
-ENCODED_PIXELS = 16 * 512 * 512
+ENCODED_PIXELS = 2 * 512 * 512
 """Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
 
 

@@ -136,7 +136,10 @@ def test_the_list_describes_canny_and_loads_it():
 
 def test_defaults_in_the_list_are_the_functions_own():
     for annotator in ANNOTATORS:
-        own = signature(annotator.function).parameters
+        own = {
+            **signature(annotator.function).parameters,
+            **(signature(annotator.draw).parameters if annotator.draw else {}),
+        }
         assert {p.name: p.default for p in annotator.parameters} == {
             name: parameter.default for name, parameter in own.items() if parameter.default is not Parameter.empty
         }, annotator.name

@@ -47,6 +47,12 @@ def photograph(height: int, width: int) -> np.ndarray:
     return (cv2.resize(astronaut(), (width, height), interpolation=cv2.INTER_AREA) / 255).astype(np.float32)
 
 
+def drawn(seen: np.ndarray, draw: Callable[..., Any] = depth.stretched_hints) -> np.ndarray:
+    """The hint of what was seen of one picture."""
+    (hint,) = draw([seen])
+    return hint
+
+
 def seen_by(network: nn.Module, run: Callable[[], Any]) -> list[tuple[int, ...]]:
     """The shapes of the pictures that a network sees while `run` runs."""
     shapes = []
@@ -99,7 +105,7 @@ def test_midas_is_transformers_at_the_size_that_it_knows(networks: dict[str, Any
     reference = by_transformers(networks[name], image, processor)
     assert_within(seers.midas(networks[name], image), reference)
     expected = (reference - reference.min()) / np.ptp(reference)
-    assert_within(depth.depth_midas(networks[name], image), np.repeat(expected[:, :, None], 3, axis=2))
+    assert_within(drawn(depth.depth_midas(networks[name], image)), np.repeat(expected[:, :, None], 3, axis=2))
 
 
 @pytest.mark.parametrize("name", ["dpt_large", "dpt_hybrid"])
@@ -139,7 +145,7 @@ def test_depth_anything_is_transformers(networks: dict[str, Any]):
     processor = DPTImageProcessor(size=size, image_mean=IMAGENET[0], image_std=IMAGENET[1])
     reference = by_transformers(network, image, processor)
     expected = (reference - reference.min()) / np.ptp(reference)
-    assert_within(depth.depth_anything(network, image), np.repeat(expected[:, :, None], 3, axis=2))
+    assert_within(drawn(depth.depth_anything(network, image)), np.repeat(expected[:, :, None], 3, axis=2))
 
 
 def test_depth_anything_looks_with_a_short_side_of_518(networks: dict[str, Any]):
@@ -156,7 +162,10 @@ def test_zoe_is_transformers(networks: dict[str, Any], size: tuple[int, int]):
     assert_within(seers.zoe(networks["zoedepth"], image), reference)
     near, far = np.percentile(reference, [2, 85])
     expected = np.clip(1 - (reference - near) / (far - near), 0, 1)
-    assert_within(depth.depth_zoe(networks["zoedepth"], image), np.repeat(expected[:, :, None], 3, axis=2))
+    assert_within(
+        drawn(depth.depth_zoe(networks["zoedepth"], image), depth.metric_hints),
+        np.repeat(expected[:, :, None], 3, axis=2),
+    )
 
 
 def test_zoe_of_a_thin_picture_keeps_to_its_bounds(networks: dict[str, Any]):
@@ -168,16 +177,18 @@ def test_zoe_of_a_thin_picture_keeps_to_its_bounds(networks: dict[str, Any]):
 def test_zoe_hint_in_numbers(monkeypatch: pytest.MonkeyPatch):
     metres = np.arange(101, dtype=np.float32).reshape(1, 101)
     monkeypatch.setattr(seers, "zoe", lambda *_: metres)
-    hint = depth.depth_zoe(None, np.zeros((1, 101, 3)))  # pyright: ignore[reportArgumentType]
+    seen = depth.depth_zoe(None, np.zeros((1, 101, 3)))  # pyright: ignore[reportArgumentType]
+    hint = drawn(seen, depth.metric_hints)
     assert hint.shape == (1, 101, 3) and hint.dtype == np.float32
     np.testing.assert_allclose(hint[0, [0, 2, 23, 85, 100], 0], [1, 1, 1 - 21 / 83, 0, 0], atol=1e-6)
     monkeypatch.setattr(seers, "zoe", lambda *_: np.full((2, 3), 4.0, np.float32))
-    assert not depth.depth_zoe(None, np.zeros((2, 3, 3))).any()  # pyright: ignore[reportArgumentType]
+    seen = depth.depth_zoe(None, np.zeros((2, 3, 3)))  # pyright: ignore[reportArgumentType]
+    assert not drawn(seen, depth.metric_hints).any()
 
 
 def test_stretched_in_numbers():
-    np.testing.assert_array_equal(depth.stretched(np.array([[1.0, 3.0], [2.0, 5.0]])), [[0, 0.5], [0.25, 1]])
-    assert not depth.stretched(np.full((2, 3), 7.0)).any()
+    np.testing.assert_array_equal(drawn(np.array([[1.0, 3.0], [2.0, 5.0]]))[:, :, 0], [[0, 0.5], [0.25, 1]])
+    assert not drawn(np.full((2, 3), 7.0)).any()
 
 
 @pytest.mark.parametrize(("front", "first"), [("red", 2), ("blue", 0)])

@@ -108,7 +108,7 @@ def test_pictures_become_tensors_on_the_networks_place():
 
 
 def test_hints_are_grey():
-    hint = grey(learned.to_map(torch.tensor([[[[0.0, 0.25], [0.5, 1.0]]]], dtype=torch.float16)))
+    hint = grey(learned.to_maps(torch.tensor([[[[0.0, 0.25], [0.5, 1.0]]]], dtype=torch.float16), np.zeros((2, 2, 3))))
     assert hint.dtype == np.float32
     np.testing.assert_array_equal(hint, np.repeat([[[0.0], [0.25]], [[0.5], [1.0]]], 3, axis=2))
 

@@ -25,12 +25,12 @@ def seen_by(annotator: Annotator, picture: np.ndarray, resolution: int) -> np.nd
     seen = []
 
     def function(*given: Any, **_: Any) -> Any:
-        seen.append(given[-1])
+        seen.append(given[-1][0] if annotator.batched else given[-1])
         return (given[-1], {"people": []}) if annotator.gives_pose else given[-1]
 
     # As it is listed, but for what it does.
-    parameters = replace(annotator, function=lambda image: image, parameters=())
-    hint, _ = pipeline.annotate(replace(parameters, function=function), picture, resolution, networks=[None])
+    fake = replace(annotator, function=function, draw=None, parameters=())
+    hint, _ = pipeline.annotate(fake, picture, resolution, networks=[None])
     assert min(hint.shape[:2]) == resolution
     assert seen[0].shape[0] >= hint.shape[0] and seen[0].shape[1] >= hint.shape[1]
     return seen[0]

@@ -27,10 +27,16 @@ WIDGETS = """
     pose_style pose_body pose_hands pose_face pose_xinsir_sticks
     human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style human_pose_xinsir_sticks
     inpaint_masked_value tile_halvings blur_sigma luminance_gamma intensity_gamma shuffle_seed
-    pose_threshold
+    pose_threshold depth_large_range depth_small_range depth_anything_range depth_zoe_range
 """
 """As saved workflows count them: this list may grow at its end and changes in no other way."""
 EACH = pytest.mark.parametrize("record", ANNOTATORS, ids=[record.name for record in ANNOTATORS])
+
+
+def signature(record: Annotator) -> dict[str, inspect.Parameter]:
+    """The parameters of both its functions."""
+    functions = [record.function, *([record.draw] if record.draw else [])]
+    return {name: p for function in functions for name, p in inspect.signature(function).parameters.items()}
 
 
 def test_names_and_widgets_stand_where_saved_workflows_count_on_them():
@@ -50,7 +56,7 @@ def test_every_record_and_every_parameter_of_it_is_listed_once():
 
 @EACH
 def test_defaults_are_the_functions_own_and_of_the_widgets_kind(record: Annotator):
-    own = inspect.signature(record.function).parameters
+    own = signature(record)
     for parameter in record.parameters:
         assert parameter.default is own[parameter.name].default
         assert own[parameter.name].annotation == type(parameter.default).__name__
@@ -61,7 +67,7 @@ def test_defaults_are_the_functions_own_and_of_the_widgets_kind(record: Annotato
 
 @EACH
 def test_whatever_of_a_function_has_a_default_can_be_set(record: Annotator):
-    own = inspect.signature(record.function).parameters.values()
+    own = signature(record).values()
     assert {p.name for p in own if p.default is not p.empty} == {parameter.name for parameter in record.parameters}
 
 

@@ -258,7 +258,7 @@ def test_a_shard_that_no_manifest_names_is_written_over(tmp_path: Path):
 
 
 def test_a_shard_holds_one_size_and_as_much_as_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(writer, "FULL", 3 * (64 * 64 * 3 + 4 * 64 * 4 + 8))  # three items of 64x64
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3 * (64 * 64 * 3 + 4 * 64 * 4 + 8))  # three items of 64x64
     cache(tmp_path, items(10))
     shards = [load_file(path) for path in sorted(tmp_path.glob("shard-*"))]
     assert [tuple(shard["hints"].shape) for shard in shards] == [

@@ -246,14 +246,15 @@ def slice_written(entries: list, box: Box) -> None:
     import comfy.controlnet
 
     for control in itertools.chain.from_iterable(chain(options.get("control")) for _, options in entries):
+        given: Any = control  # older hosts give it a device
         if isinstance(control, comfy.controlnet.T2IAdapter):
-            control.control_input = None
-            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+            given.control_input = None
+            given.cond_hint = cut(given.cond_hint_original, box, 8).float().to(given.device)
         elif isinstance(control, comfy.controlnet.ControlLora):
-            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+            given.cond_hint = cut(given.cond_hint_original, box, 8).float().to(given.device)
         elif isinstance(control, comfy.controlnet.ControlNet):
-            piece = cut(control.cond_hint_original, box, 8)
-            control.cond_hint = piece.to(control.control_model.dtype).to(control.device)
+            piece = cut(given.cond_hint_original, box, 8)
+            given.cond_hint = piece.to(given.control_model.dtype).to(given.device)
 
 
 # -- the packs themselves ---------------------------------------------------------------------------------------------
@@ -261,15 +262,14 @@ def slice_written(entries: list, box: Box) -> None:
 _numbers = itertools.count()
 
 
-def pack(variable: str, patch: pytest.MonkeyPatch) -> Any:
-    """The pack whose folder this variable of the environment names, loaded anew as the host loads it."""
+def pack(variable: str, patch: pytest.MonkeyPatch, file: str = "__init__.py") -> Any:
+    """The pack whose folder this variable of the environment names, or one file of it, loaded as the host loads it."""
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"{variable} names no checkout")
     name = f"neighbour_{next(_numbers)}"
-    spec = importlib.util.spec_from_file_location(
-        name, Path(folder) / "__init__.py", submodule_search_locations=[folder]
-    )
+    inside = [folder] if file == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, Path(folder) / file, submodule_search_locations=inside)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     patch.setitem(sys.modules, name, module)

@@ -67,6 +67,29 @@ def test_ultimate_sd_upscale_as_native(host: Host, kind: str, at_once: int):
     assert off(upscaled(host, scene, at_once), upscaled(host, theirs, at_once)) <= 1e-4
 
 
+@pytest.mark.parametrize("kind", NATIVE)
+def test_ultimate_sd_upscales_own_cropping(host: Host, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Its function on our prompts and on native ones, tiles with padding that are enlarged to the model's size."""
+    crop = pack("ZEROCONV_ULTIMATE_SD_UPSCALE", monkeypatch, "usdu_utils.py").crop_cond
+
+    def run(scene: Scene) -> Tensor:
+        parts = []
+        for region in ((0, 0, 112, 96), (96, 80, 256, 256)):
+            given = (region, (256, 256), (256, 256), (128, 128))
+            tile = replace(scene, positive=crop(scene.positive, *given), negative=crop(scene.negative, *given))
+            parts.append(host.sample(tile, latent_image=latent(1), steps=2).latent)
+        return torch.cat(parts)
+
+    expected = run(apply(host, "ControlNetApplyAdvanced", host.scene("sdxl"), native(host, kind), HINT))
+    assert off(run(host.scene("sdxl")), expected) >= MOVES
+    scene = apply(host, "ApplyControlToPrompt", host.scene("sdxl"), ours(host, kind), HINT)
+    assert off(run(scene), expected) <= 1e-4
+    masked = apply(
+        host, "ApplyControlToPrompt", host.scene("sdxl"), ours(host, kind), HINT, mask=torch.ones(1, 256, 256)
+    )
+    assert off(run(masked), expected) <= 1e-4
+
+
 @pytest.mark.parametrize("kind", ["controlnet", "foreign", "adapter", "lllite"])
 def test_a_mask_is_cropped_with_the_hint(host: Host, kind: str):
     scene = apply(host, "ApplyControlToPrompt", host.scene("sdxl"), ours(host, kind), HINT, mask=MASK)

@@ -10,7 +10,7 @@ import torch
 from graphs import MOVES, Scene, latent, moved, off_by, picture
 from torch import Tensor
 
-from .callers import animatediff, chain
+from .callers import animatediff, chain, pack
 from .controls import KINDS, NATIVE, WAYS, apply, native, ours
 
 if TYPE_CHECKING:
@@ -138,6 +138,75 @@ def test_a_chain_of_two_under_animatediff(host: Host):
         return apply(host, "ApplyControlToPrompt", first, ours(host, "lite"), image)
 
     assert_each_follows_its_own(host, "AnimateDiff", scene)
+
+
+# -- the packs themselves ---------------------------------------------------------------------------------------------
+
+
+def evolved(host: Host, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """The scene under AnimateDiff-Evolved's own windows; no motion model is needed for them."""
+    nodes = pack("ZEROCONV_ANIMATEDIFF", monkeypatch).NODE_CLASS_MAPPINGS
+    (options,) = nodes["ADE_StandardStaticContextOptions"]().create_options(4, 2)
+    (model,) = nodes["ADE_UseEvolvedSampling"]().use_evolved_sampling(
+        scene.model, "use existing", context_options=options
+    )
+    return replace(scene, model=model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", PER_FRAME)
+def test_animatediff_evolved_itself(host: Host, kind: str, way: str, monkeypatch: pytest.MonkeyPatch):
+    """In front of its wrappers and behind them."""
+    runs: dict[Any, Any] = {}
+    for name, image in (("each", HINTS), (1, picture(1)), (2, picture(2))):
+        if way == "ApplyControl":
+            scene = apply(host, way, evolved(host, host.scene("sdxl"), monkeypatch), ours(host, kind), image)
+        else:
+            scene = evolved(host, apply(host, way, host.scene("sdxl"), ours(host, kind), image), monkeypatch)
+        runs[name] = host.sample(scene, **FRAMES)
+    assert moved(runs[1], runs[2]) >= 0.01
+    for frame, seed in enumerate(ORDER):
+        off = (runs["each"].latent[frame] - runs[seed].latent[frame]).abs().max() / runs[1].latent.abs().max()
+        assert off <= 1e-4, f"frame {frame} is off by {off:.2}"
+
+
+def advanced(host: Host, scene: Scene, control: Any, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """The scene under a control by Advanced-ControlNet's own apply node."""
+    import asyncio
+
+    extension = asyncio.run(pack("ZEROCONV_ADVANCED_CONTROLNET", monkeypatch).comfy_entrypoint())
+    nodes = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+    node = nodes["ACN_AdvancedControlNetApply_v2"]
+    positive, negative = node.execute(scene.positive, scene.negative, control, image, 1.0, 0.0, 1.0).args[:2]
+    return replace(scene, positive=positive, negative=negative)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advanced_controlnets_own_node(host: Host, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """It takes ours as the host's own node does."""
+    scene = advanced(host, host.scene("sdxl"), ours(host, kind), picture(1), monkeypatch)
+    expected = apply(host, "ControlNetApplyAdvanced", host.scene("sdxl"), ours(host, kind), picture(1))
+    assert off_by(host.sample(scene), host.sample(expected)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_a_control_of_theirs_in_windows_and_ours(host: Host, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Their control, made of a native one, is what native is under AnimateDiff-Evolved."""
+    scene = advanced(host, host.scene("sdxl"), native(host, kind), HINTS, monkeypatch)
+    expected = host.sample(evolved(host, scene, monkeypatch), **FRAMES)
+    scene = apply(host, "ApplyControlToPrompt", host.scene("sdxl"), ours(host, kind), HINTS)
+    assert off_by(host.sample(evolved(host, scene, monkeypatch), **FRAMES), expected) <= 1e-4
+
+
+def test_a_control_of_theirs_in_our_node(host: Host, monkeypatch: pytest.MonkeyPatch):
+    """It cuts its own hints under AnimateDiff-Evolved's windows, and none under the host's."""
+    scene = advanced(host, host.scene("sdxl"), native(host, "controlnet"), HINTS, monkeypatch)
+    theirs = scene.positive[0][1]["control"]
+    expected = apply(host, "ApplyControlToPrompt", host.scene("sdxl"), ours(host, "controlnet"), HINTS)
+    run = apply(host, "ApplyControlToPrompt", host.scene("sdxl"), theirs, HINTS)
+    for caller in ("AnimateDiff", "core windows"):
+        made, reference = (host.sample(windowed(host, one, caller), **FRAMES) for one in (run, expected))
+        assert off_by(made, reference) <= 1e-4, caller
 
 
 # -- Advanced-ControlNet ----------------------------------------------------------------------------------------------
