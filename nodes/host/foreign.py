@@ -94,10 +94,12 @@ class ForeignControl(Control):
     def _residuals(self, call: Call) -> Residuals:
         assert self._model_config is not None
         hint = self._hint(call)
-        # It knows of no frames: what it is shown is for the samples of one part of the batch, in their order.
-        order = None if hint.count is None else self._order(call, hint.count)
+        # It knows of no frames: what it is shown is for the samples of one part of the batch, in their order. One of
+        # Advanced-ControlNet's own is told of AnimateDiff's windows, and cuts the whole hint by itself.
+        cuts_itself = hint.alive is None and "ad_params" in call.options and hasattr(self.inner, "sub_idxs")
+        order = None if hint.count is None or cuts_itself else self._order(call, hint.count)
         if self._shown is None or self._shown[0] != (hint.key, order):
-            rows, size = hint.rows, (call.size[0] * 8, call.size[1] * 8)
+            rows, size = self._original_hint() if cuts_itself else hint.rows, (call.size[0] * 8, call.size[1] * 8)
             if self.resize != "crop" and rows.shape[2:] != size:
                 rows = resize(rows, *size, self.resize)
             self._show(rows if order is None else rows[list(order)])
