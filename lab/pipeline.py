@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..controlnet_core.diffusion import alphas_cumprod, guide, sample_ddim
+from ..controlnet_core.dosing.piece import parts
 from ..controlnet_core.dosing.strength import Guidance, Strength
 from ..controlnet_core.networks.controlnet import ControlNet
 from ..controlnet_core.networks.lite import ControlNetLite
@@ -94,25 +94,23 @@ class LabModel:
         self._check(prompts, noise, hints)
         guided = guidance_scale != 1
         context = self.encode([*prompts, *[""] * len(prompts)] if guided else prompts)
-        halves = (2 if guided else 1, 1, 1, 1)
-        dose = Strength(strength, guidance=guidance).dose(strength, len(self.unet.config.skip_channels), noise.shape[2])
-        # The conditional half comes first.
-        acted = len(noise) * (1 if guidance != "both" else halves[0])
+        halves = 2 if guided else 1  # the conditional one comes first
+        piece = parts(len(noise) * halves, halves, (0,) if guidance != "both" else tuple(range(halves)))
+        skips = len(self.unet.config.skip_channels)
+        scales = Strength(strength, guidance=guidance).scales(strength, skips, noise.shape[2])
         guided_hints = {
-            name: self.controls[name].encode_hint(hint.to(self.place)).repeat(halves)[:acted]
+            name: piece.of_frames(self.controls[name].encode_hint(hint.to(self.place)))
             for name, hint in hints.items()
             if strength != 0
         }
 
-        def whole(_: int, residual: Tensor) -> Tensor:
-            return F.pad(residual, (0, 0, 0, 0, 0, 0, 0, len(noise) * halves[0] - acted))
-
         def predict(x: Tensor, timesteps: Tensor) -> Tensor:
-            x, timesteps = x.repeat(halves), timesteps.repeat(halves[0])
+            x, timesteps = x.repeat(halves, 1, 1, 1), timesteps.repeat(halves)
+            acted = [piece.take(tensor) for tensor in (x, timesteps, context)]
             residuals: Residuals | None = None
             for name, guided_hint in guided_hints.items():
-                control = dose.apply(self.controls[name](x[:acted], timesteps[:acted], context[:acted], guided_hint))
-                control = control.mapped(whole)
+                control = scales.apply(self.controls[name](*acted, guided_hint))
+                control = control.mapped(lambda _, residual: piece.scatter(residual))
                 residuals = control if residuals is None else residuals + control
             predicted = self.unet(x, timesteps, context, residuals=residuals)
             if not guided:

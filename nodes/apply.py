@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..controlnet_core.dosing.strength import GUIDANCE, UNITS
+from ..controlnet_core.dosing.block_weights import BlockWeights
+from ..controlnet_core.dosing.schedule import Schedule
+from ..controlnet_core.dosing.strength import GUIDANCE, Guidance, Strength
+from ..controlnet_core.dosing.window import UNITS, Unit, Window
 from .host import attach as host_attach
 from .host import stack as host_stack
-from .host.control import Options
-from .host.resize import RESIZES
+from .host.resize import RESIZES, Resize
 
-Stack = io.Custom("CONTROL_NET_STACK")
-Schedule = io.Custom("CONTROL_SCHEDULE")
-BlockWeights = io.Custom("CONTROL_BLOCK_WEIGHTS")
+STACK = io.Custom("CONTROL_NET_STACK")
+SCHEDULE = io.Custom("CONTROL_SCHEDULE")
+BLOCK_WEIGHTS = io.Custom("CONTROL_BLOCK_WEIGHTS")
+
+UNCONNECTED = object()
+"""In the place of a stack that is not connected: one that is switched off may be `None`."""
 
 
-def _dose(required: bool) -> list[Any]:
+def _control_inputs(required: bool) -> list[Any]:
     """The inputs that every node of this file has; where a stack may stand in, control and image may be left out."""
     return [
         io.ControlNet.Input("control_net", optional=not required, tooltip="The control; none with a stack alone."),
@@ -60,15 +67,10 @@ def _dose(required: bool) -> list[Any]:
             tooltip="How a hint of another shape is made to fit: its middle, all of it distorted, or all of it with "
             "black borders.",
         ),
-    ]
-
-
-def _extras() -> list[Any]:
-    return [
-        Stack.Input("stack", optional=True, tooltip="Controls that come before this one."),
+        STACK.Input("stack", optional=True, tooltip="Controls that come before this one."),
         io.Mask.Input("mask", optional=True, tooltip="Where control acts: white fully, black not at all."),
-        Schedule.Input("schedule", optional=True, tooltip="How strength changes over the window."),
-        BlockWeights.Input(
+        SCHEDULE.Input("schedule", optional=True, tooltip="How strength changes over the window."),
+        BLOCK_WEIGHTS.Input(
             "block_weights", optional=True, tooltip="How strongly each block of the UNet is controlled."
         ),
     ]
@@ -77,36 +79,44 @@ def _extras() -> list[Any]:
 VAE_INPUT = io.Vae.Input("vae", optional=True, tooltip="For controls of another loader that read latents.")
 
 
-def _entries(
-    control_net: Any,
-    image: Any,
-    strength: float,
-    start: float,
-    end: float,
-    unit: str,
-    guidance: str,
-    resize: str,
-    stack: Any,
-    mask: Any,
-    schedule: Any,
-    block_weights: Any,
-) -> list[host_stack.Entry]:
-    """The entries that a node's inputs describe, those of the connected stack first."""
-    entries = host_stack.read(stack)
-    if control_net is None:
-        if image is not None:
-            raise host_stack.StackError("an image is connected and no control_net: connect the control that follows it")
-        for name, dose in {"mask": mask, "schedule": schedule, "block_weights": block_weights}.items():
-            if dose is not None:
+@dataclass(frozen=True)
+class Inputs:
+    """What every node of this file is given, by the names of `_control_inputs`; `image` (B,H,W,C), `mask` (B,H,W)."""
+
+    strength: float
+    start: float
+    end: float
+    unit: Unit
+    guidance: Guidance
+    resize: Resize
+    control_net: Any = None
+    image: Tensor | None = None
+    stack: Any = UNCONNECTED
+    mask: Tensor | None = None
+    schedule: Schedule | None = None
+    block_weights: BlockWeights | None = None
+
+    def entries(self) -> list[host_stack.Entry]:
+        """The entries that these inputs describe, those of the connected stack first."""
+        entries = [] if self.stack is UNCONNECTED else host_stack.read(self.stack)
+        if self.control_net is None:
+            if self.image is not None:
                 raise host_stack.StackError(
-                    f"{name} is connected and no control_net: connect it to the Stack Controls whose control it doses"
+                    "an image is connected and no control_net: connect the control that follows it"
                 )
-        if not entries:
-            raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
-        return entries
-    rows = None if mask is None else mask.reshape(-1, 1, *mask.shape[-2:])
-    options = Options(unit, guidance, resize, rows, schedule, block_weights)  # type: ignore[arg-type]
-    return [*entries, host_stack.entry(control_net, image, strength, start, end, options)]
+            for name in ("mask", "schedule", "block_weights"):
+                if getattr(self, name) is not None:
+                    raise host_stack.StackError(
+                        f"{name} is connected and no control_net: connect it to the Stack Controls whose control it "
+                        "doses"
+                    )
+            if self.stack is UNCONNECTED:
+                raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
+            return entries
+        mask = None if self.mask is None else self.mask.reshape(-1, 1, *self.mask.shape[-2:])
+        window = Window(self.start, self.end, self.unit)
+        strength = Strength(self.strength, window, self.guidance, mask, self.schedule, self.block_weights)
+        return [*entries, host_stack.entry(self.control_net, self.image, strength, self.resize)]
 
 
 class ApplyControl(io.ComfyNode):
@@ -118,32 +128,16 @@ class ApplyControl(io.ComfyNode):
             node_id="ApplyControl",
             display_name="Apply Control (ZeroConv)",
             category="ZeroConv",
-            description="Controls everything that the model samples, whatever the prompts.",
-            inputs=[io.Model.Input("model"), *_dose(required=False), *_extras(), VAE_INPUT],
+            description="Controls everything that the model samples, whatever the prompts. For upscalers that work in "
+            "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, not this one's.",
+            inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        strength: float,
-        start: float,
-        end: float,
-        unit: str,
-        guidance: str,
-        resize: str,
-        control_net: Any = None,
-        image: Any = None,
-        stack: Any = None,
-        mask: Any = None,
-        schedule: Any = None,
-        block_weights: Any = None,
-        vae: Any = None,
-    ) -> io.NodeOutput:
-        dose = (strength, start, end, unit, guidance, resize)
-        entries = _entries(control_net, image, *dose, stack, mask, schedule, block_weights)
-        return io.NodeOutput(host_attach.attach_to_model(model, host_stack.controls(entries, vae)))
+    def execute(cls, model: Any, vae: Any = None, **inputs: Any) -> io.NodeOutput:
+        controls = host_stack.controls(Inputs(**inputs).entries(), vae)
+        return io.NodeOutput(host_attach.attach_to_model(model, controls))
 
 
 class ApplyControlToPrompt(io.ComfyNode):
@@ -159,8 +153,7 @@ class ApplyControlToPrompt(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
-                *_dose(required=False),
-                *_extras(),
+                *_control_inputs(required=False),
                 VAE_INPUT,
             ],
             outputs=[
@@ -170,27 +163,9 @@ class ApplyControlToPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        positive: Any,
-        negative: Any,
-        strength: float,
-        start: float,
-        end: float,
-        unit: str,
-        guidance: str,
-        resize: str,
-        control_net: Any = None,
-        image: Any = None,
-        stack: Any = None,
-        mask: Any = None,
-        schedule: Any = None,
-        block_weights: Any = None,
-        vae: Any = None,
-    ) -> io.NodeOutput:
-        dose = (strength, start, end, unit, guidance, resize)
-        entries = _entries(control_net, image, *dose, stack, mask, schedule, block_weights)
-        return io.NodeOutput(*host_attach.attach_to_prompt(positive, negative, host_stack.controls(entries, vae)))
+    def execute(cls, positive: Any, negative: Any, vae: Any = None, **inputs: Any) -> io.NodeOutput:
+        controls = host_stack.controls(Inputs(**inputs).entries(), vae)
+        return io.NodeOutput(*host_attach.attach_to_prompt(positive, negative, controls))
 
 
 class StackControls(io.ComfyNode):
@@ -203,25 +178,10 @@ class StackControls(io.ComfyNode):
             display_name="Stack Controls (ZeroConv)",
             category="ZeroConv",
             description="Adds a control to a stack; their residuals add, as the paper composes several hints.",
-            inputs=[*_dose(required=True), *_extras()],
-            outputs=[Stack.Output(display_name="stack")],
+            inputs=_control_inputs(required=True),
+            outputs=[STACK.Output(display_name="stack")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        strength: float,
-        start: float,
-        end: float,
-        unit: str,
-        guidance: str,
-        resize: str,
-        control_net: Any = None,
-        image: Any = None,
-        stack: Any = None,
-        mask: Any = None,
-        schedule: Any = None,
-        block_weights: Any = None,
-    ) -> io.NodeOutput:
-        dose = (strength, start, end, unit, guidance, resize)
-        return io.NodeOutput(_entries(control_net, image, *dose, stack, mask, schedule, block_weights))
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(Inputs(**inputs).entries())

@@ -68,7 +68,7 @@ class ControlSchedule(io.ComfyNode):
                     tooltip='One factor for each picture or frame of the batch, "1, 0.5, 0"; empty: all alike.',
                 ),
             ],
-            outputs=[apply.Schedule.Output(display_name="schedule")],
+            outputs=[apply.SCHEDULE.Output(display_name="schedule")],
             is_output_node=True,
         )
 
@@ -125,7 +125,7 @@ class ControlBlockWeights(io.ComfyNode):
                     tooltip="Multiplies the middle block's weight: 1 in every preset but shallow half, 0 there.",
                 ),
             ],
-            outputs=[apply.BlockWeights.Output(display_name="block_weights")],
+            outputs=[apply.BLOCK_WEIGHTS.Output(display_name="block_weights")],
             is_output_node=True,
         )
 

@@ -96,6 +96,89 @@ def test_the_rules_themselves(file: str, line: str, wrong: list[str]):
     assert wrong_imports(ROOT / file, line) == wrong
 
 
+# -- the rooms of the core --------------------------------------------------------------------------------------------
+
+GROUND = {"keys", "diffusion"}
+"""Files that every room may stand on, and that stand on nothing."""
+
+ROOMS = {
+    "networks": set(),
+    "files": {"networks"},
+    "dosing": {"networks"},
+    "data": {"files", "networks"},
+    "training": {"data", "files", "networks"},
+}
+"""Which rooms of the core may import which; each may import itself and the ground."""
+
+
+def core_imports(text_of: dict[str, str] | None = None) -> dict[str, set[str]]:
+    """Each file of the core, such as "files.loading", with the files of the core that it imports."""
+    files = {
+        ".".join(file.relative_to(ROOT / "controlnet_core").with_suffix("").parts): file
+        for file in sources("controlnet_core")
+    }
+    files = {name.removesuffix(".__init__"): file for name, file in files.items() if name != "__init__"}
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        found[name] = set()
+        tree = ast.parse((text_of or {}).get(name) or file.read_text(encoding="utf-8"))
+        package = file.relative_to(ROOT).parts[:-1]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = ".".join([*package[: len(package) - node.level + 1], *(node.module or "").split(".")]).strip(".")
+                base = base.removeprefix("controlnet_core").strip(".")
+                named = {".".join(filter(None, (base, alias.name))) for alias in node.names}
+                found[name] |= {each for each in named if each in files} or ({base} & files.keys())
+    return found
+
+
+def wrong_rooms(found: dict[str, set[str]]) -> list[str]:
+    """The imports between files of the core that its rooms do not allow, "a -> b" each."""
+
+    def room(name: str) -> str:
+        return name.split(".")[0]
+
+    wrong = []
+    for name, imported in found.items():
+        for other in imported:
+            ours, theirs = room(name), room(other)
+            if ours == theirs or theirs in GROUND:
+                continue
+            if ours in GROUND or theirs not in ROOMS[ours]:
+                wrong.append(f"{name} -> {other}")
+    return wrong
+
+
+def circle(found: dict[str, set[str]]) -> list[str]:
+    """A circle of files that import one another, if there is one."""
+    left = dict(found)
+    while left:
+        ends = [name for name, imported in left.items() if not imported & left.keys()]
+        if not ends:
+            return sorted(left)
+        for name in ends:
+            del left[name]
+    return []
+
+
+def test_rooms_of_the_core():
+    found = core_imports()
+    rooms = {name.split(".")[0] for name in found}
+    assert rooms == ROOMS.keys() | GROUND
+    assert not wrong_rooms(found)
+    assert not circle(found)
+    assert sum(map(len, found.values())) > 60  # it has read them
+
+
+def test_the_rules_of_the_rooms_themselves():
+    up = core_imports({"networks.unet": "from ..files import loading", "keys": "from .networks.unet import UNet"})
+    assert sorted(wrong_rooms(up)) == ["keys -> networks.unet", "networks.unet -> files.loading"]
+    assert {"networks.unet", "files.loading", "keys"} <= set(circle(up))
+    inside = core_imports({"dosing.window": "from .strength import Strength"})
+    assert not wrong_rooms(inside)
+    assert {"dosing.window", "dosing.schedule", "dosing.strength"} <= set(circle(inside))
+
+
 LOADER = f"""
 import importlib.abc, runpy, sys
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..networks.residuals import Residuals
-from .schedule import step_of
+from .clock import Moment
 
 TOGETHER = "all controls together"
 """The name of the sum that the UNet got; shown unless it was a single control's residuals all the time."""
@@ -21,20 +21,20 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """The residuals of one control at one sigma.
+    """The residuals of one control at one moment; `step` is `None` where the run's steps cannot be told.
 
     `ratios` are RMS(residual) / RMS(what it joins) for each skip connection from shallow to deep, then for the middle;
     `None` where nothing acted.
     """
 
-    step: int
+    step: int | None
     sigma: float
     ratios: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One control's rows in the order of sampling, one for each sigma that the UNet saw."""
+    """One control's rows in the order of sampling, one for each moment that the UNet saw."""
 
     title: str
     rows: tuple[Row, ...]
@@ -50,48 +50,47 @@ class Record:
 
     Each control says what it hands out (`add`) before the UNet runs; then the UNet says what that joined (`met`).
     Samples that a control leaves alone altogether, such as the other half of guidance, are not counted, and UNet calls
-    of one sigma are averaged.
+    of one moment are averaged.
     """
 
     def __init__(self) -> None:
-        self.start(())
+        self.start()
 
-    def start(self, sigmas: Sequence[float]) -> None:
-        """Forget everything: a sampling over `sigmas` begins."""
-        self._sigmas = tuple(sigmas)
-        self._seen: dict[float, None] = {}  # in order
+    def start(self) -> None:
+        """Forget everything: a sampling begins."""
+        self._seen: dict[Moment, None] = {}  # in order
         self._count = 0
         self._sum_says_more = False
-        self._handed_out: dict[str, tuple[float, Residuals]] = {}
-        self._ratios: dict[str, dict[float, dict[int, list[float]]]] = {}
+        self._handed_out: dict[str, tuple[Moment, Residuals]] = {}
+        self._ratios: dict[str, dict[Moment, dict[int, list[float]]]] = {}
 
-    def add(self, name: str, sigma: float, residuals: Residuals) -> None:
-        """Control `name` hands out `residuals`, weighed, for the UNet call at `sigma` that comes next."""
+    def add(self, name: str, moment: Moment, residuals: Residuals) -> None:
+        """Control `name` hands out `residuals`, scaled, for the UNet call that comes next."""
         if all(tensor is None for tensor in (*residuals, *residuals.encoder)):
             return
         title, number = name, 1
         while title in self._handed_out:
             number += 1
             title = f"{name} ({number})"
-        self._handed_out[title] = sigma, residuals.mapped(lambda _, tensor: power(tensor))
+        self._handed_out[title] = moment, residuals.mapped(lambda _, tensor: power(tensor))
 
-    def shifted(self, name: str, sigma: float, ratios: Mapping[int, float]) -> None:
+    def shifted(self, name: str, moment: Moment, ratios: Mapping[int, float]) -> None:
         """Control `name` shifted what single layers are given: RMS(shift) / RMS(input) by block, the layers' mean."""
         for i, ratio in ratios.items():
-            self._ratios.setdefault(name, {}).setdefault(sigma, {}).setdefault(i, []).append(ratio)
+            self._ratios.setdefault(name, {}).setdefault(moment, {}).setdefault(i, []).append(ratio)
 
-    def met(self, sigma: float, targets: Residuals) -> None:
-        """The UNet ran at `sigma`; `targets` holds the `power` of what each residual joined, without any control."""
-        self._seen[sigma] = None
+    def met(self, moment: Moment, targets: Residuals) -> None:
+        """The UNet ran; `targets` holds the `power` of what each residual joined, without any control."""
+        self._seen[moment] = None
         self._count = len(targets)
-        handed_out = {name: powers for name, (at, powers) in self._handed_out.items() if at == sigma}
+        handed_out = {name: powers for name, (at, powers) in self._handed_out.items() if at == moment}
         self._handed_out.clear()
         if TOGETHER in handed_out and not (len(handed_out) == 2 and _alike(*handed_out.values())):
             self._sum_says_more = True
         for name, powers in handed_out.items():
-            self._compare(name, sigma, powers, targets)
+            self._compare(name, moment, powers, targets)
 
-    def _compare(self, name: str, sigma: float, powers: Residuals, targets: Residuals) -> None:
+    def _compare(self, name: str, moment: Moment, powers: Residuals, targets: Residuals) -> None:
         acting = _acting(powers)
         # What joins the encoder is kept apart: it meets the block's output before that becomes the skip connection.
         for title, found, joined in (
@@ -109,7 +108,7 @@ class Record:
                     )
                 rows = acting.expand(samples)
                 ratio = (own.expand(samples)[rows].mean() / other[rows].mean()).sqrt().item()
-                self._ratios.setdefault(title, {}).setdefault(sigma, {}).setdefault(i, []).append(ratio)
+                self._ratios.setdefault(title, {}).setdefault(moment, {}).setdefault(i, []).append(ratio)
 
     @property
     def panels(self) -> tuple[Panel, ...]:
@@ -124,12 +123,12 @@ class Record:
         return tuple(Panel(title, self._rows(title)) for title in titles or [TOGETHER])
 
     def _rows(self, title: str) -> tuple[Row, ...]:
-        of_sigmas = self._ratios.get(title, {})
+        of_moments = self._ratios.get(title, {})
         rows = []
-        for sigma in self._seen:
-            ratios = of_sigmas.get(sigma, {})
+        for moment in self._seen:
+            ratios = of_moments.get(moment, {})
             means = (sum(ratios[i]) / len(ratios[i]) if i in ratios else None for i in range(self._count))
-            rows.append(Row(step_of(sigma, self._sigmas), sigma, tuple(means)))
+            rows.append(Row(moment.step, moment.sigma, tuple(means)))
         return tuple(rows)
 
 
@@ -162,13 +161,16 @@ def _table(panel: Panel) -> str:
     lines = [panel.title, _summary(panel, names), "step   sigma" + "".join(f"{name:>7}" for name in names)]
     for row in panel.rows:
         cells = "".join(f"{'-' if ratio is None else f'{100 * ratio:.1f}':>7}" for ratio in row.ratios)
-        lines.append(f"{row.step:>4}{row.sigma:>8.3f}{cells}")
+        lines.append(f"{'-' if row.step is None else row.step:>4}{row.sigma:>8.3f}{cells}")
     return "\n".join(lines)
 
 
 def _summary(panel: Panel, names: Sequence[str]) -> str:
     found = [
-        (ratio, names[i], row.step) for row in panel.rows for i, ratio in enumerate(row.ratios) if ratio is not None
+        (ratio, names[i], -1 if row.step is None else row.step)
+        for row in panel.rows
+        for i, ratio in enumerate(row.ratios)
+        if ratio is not None
     ]
     if not found:
         return "acted nowhere"
@@ -177,5 +179,5 @@ def _summary(panel: Panel, names: Sequence[str]) -> str:
     most, place, step = max(found)
     return (
         f"acted at {acted} of {len(panel.rows)} sigmas; RMS in percent of what each residual joins: "
-        f"mean {100 * mean:.1f}, most {100 * most:.1f} at {place} in step {step}"
+        f"mean {100 * mean:.1f}, most {100 * most:.1f} at {place}" + (f" in step {step}" if step >= 0 else "")
     )

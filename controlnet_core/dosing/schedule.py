@@ -1,16 +1,15 @@
-"""How a control's strength changes over sampling: keyframes, named curves, and where in sampling a sigma lies."""
+"""How a control's strength changes over sampling: keyframes and named curves."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from .strength import Window
+from .clock import Moment
+from .window import Window
 
 Interpolation = Literal["linear", "ease", "hold"]
 ScheduleUnit = Literal["window", "percent", "step"]
@@ -20,27 +19,6 @@ SCHEDULE_UNITS: tuple[ScheduleUnit, ...] = ("window", "percent", "step")
 
 class ScheduleError(ValueError):
     """Keyframes that cannot be meant, or that cannot be read."""
-
-
-def step_of(sigma: float, sigmas: Sequence[float]) -> int:
-    """Index k of the interval sigmas[k] >= sigma > sigmas[k + 1] of a falling schedule; 0 above its first sigma."""
-    return max(0, bisect_right([-s for s in sigmas], -sigma) - 1)
-
-
-def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:
-    """The percent, 0..1, whose sigma this is: the inverse of the falling `percent_to_sigma`, to six digits."""
-    if sigma >= percent_to_sigma(0.0):
-        return 0.0
-    if sigma <= percent_to_sigma(1.0):
-        return 1.0
-    low, high = 0.0, 1.0
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        if percent_to_sigma(middle) >= sigma:
-            low = middle
-        else:
-            high = middle
-    return round(low, 6)
 
 
 @dataclass(frozen=True)
@@ -125,42 +103,15 @@ class Schedule:
             u = u * u * (3 - 2 * u)
         return a.value + (b.value - a.value) * u
 
-    def position(
-        self,
-        sigma: float,
-        sigmas: Sequence[float] | None,
-        percent_to_sigma: Callable[[float], float],
-        window: Window,
-    ) -> float:
-        """Where `sigma` lies in a run over `sigmas` (its whole schedule, needed for steps alone), in our unit."""
+    def position(self, moment: Moment, window: Window) -> float:
+        """Where a moment lies, in our unit; `window` is the control's own."""
         if self.unit == "percent":
-            return percent_of(sigma, percent_to_sigma)
-        if self.unit == "step":
-            return float(step_of(sigma, _known(sigmas)))
-        if window.unit == "percent":
-            at, start, end = percent_of(sigma, percent_to_sigma), window.start, window.end
-        else:
-            sigmas = _known(sigmas)
-            steps = len(sigmas) - 1
-            last = steps if window.end == -1 else min(window.end, steps)
-            at, start, end = step_of(sigma, sigmas), window.start, last - 1
-        return 0.0 if end <= start else min(1.0, max(0.0, (at - start) / (end - start)))
+            return moment.percent
+        return float(moment.counted_step) if self.unit == "step" else window.position(moment)
 
-    def value(
-        self,
-        sigma: float,
-        sigmas: Sequence[float] | None,
-        percent_to_sigma: Callable[[float], float],
-        window: Window,
-    ) -> float:
-        """The factor at `sigma`; the arguments are those of `position`."""
-        return self.at(self.position(sigma, sigmas, percent_to_sigma, window))
-
-
-def _known(sigmas: Sequence[float] | None) -> Sequence[float]:
-    if sigmas is None:
-        raise ScheduleError("this sampler does not tell its sigmas, so steps cannot be counted: use percent")
-    return sigmas
+    def value(self, moment: Moment, window: Window) -> float:
+        """The factor at a moment. Raises ClockError where steps are asked for and cannot be told."""
+        return self.at(self.position(moment, window))
 
 
 def parse(text: str) -> tuple[Keyframe, ...]:

@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..keys import State
-from .configuration import ConfigurationError, family
+from .configuration import ConfigurationError
+from .network import describe_hint
 from .unet import UNet, UNetConfig
 
 PREFIX = "lllite_unet_"
@@ -25,8 +26,8 @@ PREFIX = "lllite_unet_"
 STRIDES = {1: 8, 2: 16, 3: 32}
 """Pixels of the hint, on a side, for one pixel of the embedding: by the depth of a network's conditioning1."""
 
-Weigh = Callable[[int, Tensor], Tensor | None]
-"""Doses the delta (B,C,h,w) of encoder block i as `strength.Dose.weigh` does a residual; `None`: nothing is left."""
+Scale = Callable[[int, Tensor], Tensor | None]
+"""Scales the delta (B,C,h,w) of encoder block i as `strength.ControlScales` does a residual; `None`: nothing's left."""
 
 
 class LLLiteError(ValueError):
@@ -100,6 +101,13 @@ class ControlLLLite(nn.ModuleDict):
         """Each network with its name."""
         yield from self.items()  # type: ignore[misc]
 
+    def describe(self) -> dict[str, str]:
+        """What it takes and gives, in a user's words."""
+        return {
+            "hint": describe_hint(self.hint_channels),
+            "modules": f"{len(self)}, each shifts what one layer of the model is given",
+        }
+
     def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
         """The embeddings of a hint (B,3,8H,8W) in 0..1, by layer, (B,e,h,w) at the layer's own size; once per size."""
         height, width = hint.shape[2:]
@@ -128,13 +136,13 @@ class ControlLLLite(nn.ModuleDict):
             )
         return net(x.to(embedding.dtype), embedding)
 
-    def shifted(self, name: str, block: int, x: Tensor, embedding: Tensor, weigh: Weigh) -> Tensor:
-        """x and its delta, dosed by `weigh` as a residual of encoder block `block`; x stays as it is."""
+    def shifted(self, name: str, block: int, x: Tensor, embedding: Tensor, scale: Scale) -> Tensor:
+        """x and its delta, dosed by `scale` as a residual of encoder block `block`; x stays as it is."""
         delta = self.delta(name, x, embedding)
         if self[name].convolution:
-            dosed = weigh(block, delta)
+            dosed = scale(block, delta)
             return x if dosed is None else x + dosed.to(x.dtype)
-        dosed = weigh(block, rearrange(delta, "b (h w) c -> b c h w", h=embedding.shape[2]))
+        dosed = scale(block, rearrange(delta, "b (h w) c -> b c h w", h=embedding.shape[2]))
         return x if dosed is None else x + rearrange(dosed, "b c h w -> b (h w) c").to(x.dtype)
 
     def mismatch(self, model: UNetConfig, unet: nn.Module | None = None) -> str | None:
@@ -142,7 +150,7 @@ class ControlLLLite(nn.ModuleDict):
 
         Its layers are looked for in `unet`, or, without one, in what a UNet of that configuration would have.
         """
-        theirs = family(model)
+        theirs = model.family
         if theirs != self.family:
             return (
                 f"this ControlLLLite is made for {self.family}, the model is {theirs}: use it with an {self.family} "
@@ -156,11 +164,6 @@ class ControlLLLite(nn.ModuleDict):
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
-
-
-def canonicalize(state: State) -> dict[str, Tensor]:
-    """The published keys are the canonical ones."""
-    return dict(state)
 
 
 def build(
@@ -259,7 +262,7 @@ def hooked(layers: Mapping[str, nn.Module], shift: Callable[[str, Tensor], Tenso
 
 @contextmanager
 def applied(
-    unet: nn.Module, control: ControlLLLite, embeddings: Mapping[str, Tensor], weigh: Weigh = lambda _, delta: delta
+    unet: nn.Module, control: ControlLLLite, embeddings: Mapping[str, Tensor], scale: Scale = lambda _, delta: delta
 ) -> Iterator[None]:
     """Within, `control` acts on `unet` with the embeddings of its hint.
 
@@ -268,7 +271,7 @@ def applied(
     places = targets(unet, control)
 
     def shift(name: str, x: Tensor) -> Tensor:
-        return control.shifted(name, places[name].block, x, embeddings[name], weigh)
+        return control.shifted(name, places[name].block, x, embeddings[name], scale)
 
     with hooked({name: place.layer for name, place in places.items()}, shift):
         yield

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,15 @@ class Residuals:
         """The inverse of iteration: the last entry is the middle."""
         *skips, middle = tensors
         return cls(tuple(skips), middle, tuple(encoder))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Residuals]) -> Residuals:
+        """Residuals of several batches as those of one; each has the same places."""
+
+        def each(places: Iterable[tuple[Tensor | None, ...]]) -> Iterator[Tensor | None]:
+            return (None if place[0] is None else torch.cat(place) for place in places)  # type: ignore[arg-type]
+
+        return cls.of(each(zip(*parts)), each(zip(*(part.encoder for part in parts))))
 
     def mapped(self, f: Callable[[int, Tensor], Tensor | None]) -> Residuals:
         """Each residual through `f(i, residual)`; i is the encoder block's number, that of the middle comes last."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.hooks
 import comfy.patcher_extension
 import comfy.samplers
 
-from .control import HALVES, Control, ControlError
+from . import run
+from .control import Control, ControlError
+from .run import KEY, NEGATIVE, WrappersMP
 
-WrappersMP = comfy.patcher_extension.WrappersMP
-KEY = "zeroconv"
-
-NEGATIVE = "zeroconv_negative"
-"""Key in a cond: whether it belongs to a negative list of its guider."""
+log = logging.getLogger(__name__)
 
 Conds = dict[str, list[dict[str, Any]]]
 """The lists of conds of a guider by their name ("positive", "negative", ...)."""
@@ -67,9 +65,9 @@ def _copied_to_negative(conds: Conds) -> Conds:
 
 def attach_to_prompt(positive: list[Any], negative: list[Any], controls: Sequence[Control]) -> tuple[list, list]:
     """CONDITIONING `positive` and `negative` with `controls` on every entry; what came in stays as it was."""
-    if any(control.one_sided for control in controls):
-        controls = [control.copy() for control in controls]
-        controls[0].extra_hooks = _told_by_hook()
+    controls = [control.copy() for control in controls]
+    for control in controls:
+        control.on_both_prompts = True
     # The host's conds are dicts; the text embedding of an entry travels in them for the time being.
     plain = {
         name: [{**options, KEY: embedding} for embedding, options in entries]
@@ -88,38 +86,36 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
         return clone
     for control in controls:
         control.check_fits(model.model)
-        if control.get_extra_hooks():
+        if control.foreign_hooks():
             raise ControlError(
                 f"{control.name} acts through hooks, which the host takes from prompts alone: use Apply Control to "
                 "Prompt"
             )
 
+    sampled: list[tuple[int, ...]] = []
+
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        guider = executor.class_obj
-        noise = args[0] if args else kwargs["noise"]
-        own = [control.copy() for control in controls]
-        for control in own:
-            control.latent_size = tuple(noise.shape)
-        guider.conds = attach(guider.conds, own)
+        guider, call = executor.class_obj, run.bound(executor, args, kwargs)
+        _warn_of_tiles(controls, tuple(8 * n for n in call.arguments["noise"].shape[-2:]), sampled)
+        guider.conds = attach(guider.conds, controls)
         comfy.patcher_extension.add_wrapper_with_key(
-            WrappersMP.CALC_COND_BATCH, KEY, _tell_halves, guider.model_options, is_model_options=True
+            WrappersMP.CALC_COND_BATCH, KEY, run.calc_cond_batch, guider.model_options, is_model_options=True
         )
-        return executor(*args, **kwargs)
+        return run.sample(executor, call)
 
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     return clone
 
 
-def _told_by_hook() -> Any:
-    """The same wrapper as a hook that rides on a control: prompts have no model of theirs to put it on."""
-    hooks = comfy.hooks.HookGroup()
-    hooks.add(comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.CALC_COND_BATCH: {KEY: [_tell_halves]}}}))
-    return hooks
-
-
-def _tell_halves(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """A wrapper that tells controls which of the lists of a call is a negative one: guiders order them differently."""
-    _, conds, _, _, model_options = args
-    negative = {i: any(cond.get(NEGATIVE) for cond in entries) for i, entries in enumerate(conds) if entries}
-    options = {**model_options["transformer_options"], HALVES: negative}
-    return executor(*args[:4], {**model_options, "transformer_options": options}, **kwargs)
+def _warn_of_tiles(controls: Sequence[Control], size: tuple[int, ...], sampled: list[tuple[int, ...]]) -> None:
+    """Say so in the log, once for a model, where it seems to sample the tiles of a picture: none of them is told."""
+    for control in controls:
+        height, width = control.cond_hint_original.shape[-2:]
+        if sampled.count(size) == 1 and height >= 1.5 * size[0] and width >= 1.5 * size[1]:
+            log.warning(
+                "%s has a hint of %dx%d, and pictures of %dx%d are sampled one after the other: if these are tiles of "
+                "a larger one, each of them gets the whole hint; use Apply Control to Prompt for such upscalers",
+                *(control.name, width, height, size[1], size[0]),
+            )
+            break
+    sampled.append(size)

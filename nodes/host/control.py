@@ -6,8 +6,10 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import comfy.controlnet
@@ -15,17 +17,17 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...controlnet_core.dosing.block_weights import BlockWeights
-from ...controlnet_core.dosing.schedule import Schedule
-from ...controlnet_core.dosing.strength import Dose, Guidance, Strength, Unit, Window
+from ...controlnet_core.dosing.clock import Moment
+from ...controlnet_core.dosing.piece import Piece, parts
+from ...controlnet_core.dosing.strength import ControlScales, Strength
+from ...controlnet_core.dosing.window import Window
 from ...controlnet_core.keys import times
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
-from ...controlnet_core.networks.unet import UNetConfig
-from .resize import Resize, resize
-
-HALVES = "zeroconv_halves"
-"""Key in `transformer_options`: for each number in `cond_or_uncond`, whether that list of conds is a negative one."""
+from ...controlnet_core.networks.unet import SD15, UNetConfig
+from . import run
+from .kept import Kept
+from .resize import POSITIONS, Resize, at_positions, resize, with_positions
 
 RECORD = "zeroconv_record"
 """Key in `transformer_options`: the record that RecordControl makes of what each control adds."""
@@ -36,102 +38,162 @@ class ControlError(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the host's own apply nodes have no room for; it rides on the control object. `mask` is (B,1,H,W)."""
+class Call:
+    """One call of the UNet, cut down to the samples that this control acts on, at strength `value`.
 
-    unit: Unit = "percent"
-    guidance: Guidance = "both"
-    resize: Resize = "crop"
-    mask: Tensor | None = None
-    schedule: Schedule | None = None
-    block_weights: BlockWeights | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one call of the UNet gives its controls, cut down to the conds that this control acts on.
-
-    `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size, one after the other; `chunks` are their numbers in the
-    UNet's whole batch of `total` samples, and `rows` the places of their samples, `None` when they are all of it.
-    `frames` are the numbers of a cond's samples in the run's batch: all of them, or those of a context window. `now` is
-    the strength at this moment.
+    `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size one after the other, such as the halves of guidance:
+    those numbered `halves` of the whole call, whose samples are `piece`. `options` are the host's for this call.
     """
 
     x: Tensor
     t: Tensor
     cond: dict[str, Any]
-    chunks: list[int]
-    rows: Tensor | None
-    total: int
-    frames: Tensor
+    halves: tuple[int, ...]
+    piece: Piece
     options: dict[str, Any]
-    now: float
+    value: float
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the latent; less than the run's where a prompt is limited to an area."""
         return self.x.shape[2], self.x.shape[3]
 
-    def of_frames(self, tensor: Tensor) -> Tensor:
-        """One entry for all, or entry i for frame i of each cond, starting over when there are fewer than frames."""
-        if tensor.shape[0] == 1:
-            return tensor
-        return tensor[(self.frames % tensor.shape[0]).repeat(len(self.chunks)).to(tensor.device)]
 
-    def scattered(self, part: Tensor) -> Tensor:
-        """`part` at this step's rows of the whole batch, zeros elsewhere."""
-        if self.rows is None:
-            return part
-        whole = part.new_zeros((self.total, *part.shape[1:]))
-        whole[self.rows] = part
-        return whole
+@dataclass(frozen=True)
+class Hint:
+    """The hint of a call: of `source` (F,C,H,W), the whole one or what was cut of it, the entries `numbers`.
+
+    The first `channels` are the picture's. With `count`, entry i is `piece.numbers(count)[i]` of so many; without,
+    there is one for each sample that control acts on. What is made of it may be kept under `key` while `alive` is.
+    """
+
+    source: Tensor
+    channels: int
+    numbers: tuple[int, ...]
+    count: int | None
+    key: Hashable
+    alive: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The picture's channels of these entries, (F,C,H,W), at the size that they were given in."""
+        return self._entries(self.source[:, : self.channels])
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Where the pixels lie in the whole hint, (F,2,H,W); `None` where that is not told."""
+        told = self.source[:, self.channels :]
+        return self._entries(told) if told.shape[1] == POSITIONS else None
+
+    def _entries(self, tensor: Tensor) -> Tensor:
+        return tensor if len(self.numbers) == len(tensor) else tensor[list(self.numbers)]
+
+    def of(self, piece: Piece, made: Tensor) -> Tensor:
+        """What was made of the entries, for each of the samples of `piece`."""
+        return made if self.count is None else piece.of_frames(made, self.count)
 
 
-class Control(comfy.controlnet.ControlBase):
-    """A control with a hint and a strength; what kind of control it is shows in `_residuals` alone."""
+class HintsAsGiven:
+    """What stands for a network where others ask in which dtype a hint is wanted: as it is."""
+
+    dtype = torch.float32
+
+
+class Control(comfy.controlnet.ControlNet):
+    """A control with a hint and a strength; what kind of control it is shows in `_residuals` alone.
+
+    It is one of the host's ControlNets in name alone, without a network of the host's: TiledKSampler tells no others of
+    their tiles, and asks them for a `device` and for the dtype of `control_model`.
+
+    Others may cut the hint while a run goes on or before it: tiled samplers set `cond_hint` for each tile, upscalers
+    replace `cond_hint_original` on a copy. A control with a mask therefore hands out a hint that says where its pixels
+    lie, and its mask follows.
+    """
+
+    sub_idxs: list[int] | None
+    full_latent_length: int | None
+    context_length: int | None
 
     def __init__(self, name: str):
-        super().__init__()
+        super().__init__(None)
         self.name = name
-        self.options = Options()
-        self.latent_size: tuple[int, ...] | None = None
+        self.device = comfy.model_management.get_torch_device()
+        self.control_model: Any = HintsAsGiven()
+        self.dosing = Strength()
+        self.resize: Resize = "crop"
+        self.on_both_prompts = False
+        self._uncut: Tensor | None = None
+        self._channels = 0
+        self._held = _held(SD15.residual_shapes(64, 64), 1)  # until it is known
         self._forget_run()
 
     def _forget_run(self) -> None:
+        # AnimateDiff-Evolved asks for these and says there which frames a window has. Outside a run they are not there:
+        # Advanced-ControlNet takes everything that has them for one of its own.
+        for name in ("sub_idxs", "full_latent_length", "context_length"):
+            self.__dict__.pop(name, None)
         self._strength = Strength(0.0)
         self._off = True
         self._percent_to_sigma: Any = None
         self._model_config: UNetConfig | None = None
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._kept = Kept()
 
     # -- what nodes call -------------------------------------------------------------------------------------------
 
-    def with_options(self, options: Options) -> Control:
-        """A copy that `options` ride on."""
+    def with_dosing(self, dosing: Strength, resize: Resize) -> Control:
+        """A copy that rides with what the host's own nodes have no room for; value and window are theirs to set."""
         c = self.copy()
-        c.options = options
+        c.dosing, c.resize = dosing, resize
         return c
 
     def copy(self) -> Control:
         """Another control of the same network with the same settings."""
         raise NotImplementedError
 
+    def get_models(self) -> list[Any]:
+        """What the host loads with the model: here that of the controls before."""
+        return comfy.controlnet.ControlBase.get_models(self)
+
     def copy_to(self, c: Any) -> None:
         """The host's settings and ours; what a run has computed stays behind."""
         super().copy_to(c)
-        c.options = self.options
-        c.latent_size = self.latent_size
+        c.dosing, c.resize = self.dosing, self.resize
+        c.on_both_prompts = self.on_both_prompts
+        c._uncut, c._channels = self._uncut, self._channels
 
-    def strength_now(self) -> Strength:
-        """The strength that the settings describe; raises for a window that cannot be meant."""
-        options = self.options
-        window = Window(*self.timestep_percent_range, unit=options.unit)
-        return Strength(self.strength, window, options.guidance, options.mask, options.schedule, options.block_weights)
+    def set_cond_hint(self, cond_hint: Tensor, *args: Any, **kwargs: Any) -> Control:
+        """Take a hint (B,C,H,W) and the host's settings, whose number differs between its versions."""
+        super().set_cond_hint(cond_hint, *args, **kwargs)
+        self.cond_hint_original = self._uncut = cond_hint if self.dosing.mask is None else with_positions(cond_hint)
+        self._channels = cond_hint.shape[1]
+        return self
+
+    def full_strength(self) -> Strength:
+        """The strength that all settings describe, the host's and ours; raises for a window that cannot be meant."""
+        window = Window(*self.timestep_percent_range, unit=self.dosing.window.unit)
+        return replace(self.dosing, value=self.strength, window=window)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether it must be told the step of a call."""
+        return self.full_strength().counts_steps
+
+    def foreign_hooks(self) -> list[Any]:
+        """Hooks that are not our own: what another loader's control acts through."""
+        return super().get_extra_hooks()
+
+    def get_extra_hooks(self) -> list[Any]:
+        """The host's question for hooks; ours tells of the run, and ends it when sampling ends in whatever way.
+
+        Conds with other hooks are no more sampled in one call, so that it rides on both prompts, or where it must.
+        """
+        needed = self.on_both_prompts or self.one_sided or self.counts_steps
+        return [*self.foreign_hooks(), *([run.hook()] if needed else [])]
 
     def check_fits(self, model: Any) -> UNetConfig:
         """The configuration of the host's `model` (a BaseModel); raises where the control or its dose does not fit."""
         config = self._config_of(model)
-        self.strength_now().dose(0.0, len(config.skip_channels), 8)
+        self.full_strength().scales(0.0, len(config.skip_channels), 8)
         return config
 
     # -- what the host calls ---------------------------------------------------------------------------------------
@@ -142,91 +204,97 @@ class Control(comfy.controlnet.ControlBase):
             self.previous_controlnet.pre_run(model, percent_to_timestep_function)
         self._forget_run()
         self._original_hint()  # says at once when there is none
-        self._strength = self.strength_now()
+        self._strength = self.full_strength()
         self._model_config = self.check_fits(model)
-        self._off = self._strength.off or not any(self._dose(1.0, (8, 8), None).weights)
+        self._off = self._strength.off or not any(self._scales(1.0, (8, 8), None).weights)
         self._percent_to_sigma = percent_to_timestep_function
+        self.sub_idxs = self.full_latent_length = self.context_length = None
 
     def cleanup(self) -> None:
         """End a run."""
         super().cleanup()
         self._forget_run()
 
+    def expect(self, model: Any, frames: int, height: int, width: int) -> None:
+        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be."""
+        self._held = _held(self._config_of(model).residual_shapes(height, width), frames)
+
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes of working memory: like the UNet's own at this latent, of which a control runs the first half."""
-        if self.latent_size is not None:
-            batch, height, width = self.latent_size[0], self.latent_size[-2], self.latent_size[-1]
-        elif self.cond_hint_original is not None:
-            batch = self.cond_hint_original.shape[0]
-            height, width = (n // 8 for n in self.cond_hint_original.shape[-2:])
-        else:
-            batch, height, width = 1, 64, 64
-        # The host reckons 0.01 MiB per latent pixel and byte for a UNet, and both guidance halves run at once.
-        own = 2 * batch * height * width * comfy.model_management.dtype_size(dtype) * 0.005 * 1024**2
-        return own + super().inference_memory_requirements(dtype)
+        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals."""
+        return max(self._memory(dtype), super().inference_memory_requirements(dtype))
+
+    def _memory(self, dtype: torch.dtype) -> float:
+        return self._held * comfy.model_management.dtype_size(dtype)
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
     ) -> injection.HostControl | None:
-        """The residuals of this step, those of the controls before it included; `None` when nothing acts."""
+        """The residuals of this call, those of the controls before it included; `None` when nothing acts."""
         previous, before = None, self._before
         if before is not None:
             previous = before.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        step = self._step(x_noisy, t, cond, batched_number, transformer_options)
-        return previous if step is None else self._act(step, previous)
+        call = self._call(x_noisy, t, cond, batched_number, transformer_options)
+        return previous if call is None else self._act(call, previous)
 
-    # -- one step --------------------------------------------------------------------------------------------------
+    # -- one call --------------------------------------------------------------------------------------------------
 
-    def _step(
+    def _call(
         self, x: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, options: dict[str, Any]
-    ) -> Step | None:
+    ) -> Call | None:
         """This call of the UNet as far as the control acts in it; `None` when it does not."""
-        now = self._now(t[0].item(), options.get("sample_sigmas"))
-        chunks = self._chunks(batched_number, options)
-        if now == 0.0 or not chunks:
+        halves = self._halves(batched_number, options)
+        value = self._value(options, t) if halves else 0.0
+        if value == 0.0:
             return None
-        total = x.shape[0]
-        frames = torch.arange(total // batched_number)
-        window = options.get("context_window")
-        if window is not None and getattr(window, "dim", None) == 0 and len(window.index_list) == len(frames):
-            frames = torch.tensor(window.index_list)
-        if len(chunks) == batched_number:
-            return Step(x, t, cond, chunks, None, total, frames, options, now)
-        rows = torch.tensor([c * len(frames) + i for c in chunks for i in range(len(frames))], device=x.device)
+        piece = parts(x.shape[0], batched_number, halves, self._frames(options), _tiles(x, t, batched_number, options))
         cond = {
-            key: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
+            key: piece.take(value) if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
         }
-        return Step(x[rows], t[rows], cond, chunks, rows, total, frames, options, now)
+        return Call(piece.take(x), piece.take(t), cond, halves, piece, options, value)
 
-    def _now(self, sigma: float, sigmas: Tensor | None) -> float:
-        """The strength at this moment of a run over `sigmas`, 0 when nothing acts."""
-        if self._off:
-            return 0.0
-        counted = sigmas.tolist() if sigmas is not None and self._strength.counts_steps else None
-        return self._strength.now(sigma, counted, self._percent_to_sigma)
+    def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
+        """The strength of this call, 0 when nothing acts."""
+        if self._off or self._strength.steady:
+            return 0.0 if self._off else self._strength.value
+        return self._strength.at(self._moment(options, sigma))
+
+    def _moment(self, options: dict[str, Any], sigma: Tensor) -> Moment:
+        return run.moment(options, sigma, self._percent_to_sigma)
 
     @property
     def one_sided(self) -> bool:
         """Whether control acts on the conditional half of guidance alone."""
-        return self.options.guidance != "both"
+        return self.dosing.guidance != "both"
 
-    def _chunks(self, batched_number: int, options: dict[str, Any]) -> list[int]:
+    def _halves(self, batched_number: int, options: dict[str, Any]) -> tuple[int, ...]:
         """The parts of the batch that control acts on."""
         numbers = options.get("cond_or_uncond", [0] * batched_number)
-        # Without the wrapper that ApplyControl adds, the host's own meaning: list 0 is cond, list 1 uncond.
-        negative = options.get(HALVES) or {1: True}
-        return [i for i, number in enumerate(numbers) if not (self.one_sided and negative.get(number, False))]
+        # Without the wrapper that tells, the host's own meaning: list 0 is cond, list 1 uncond.
+        negative = options.get(run.HALVES) or {1: True}
+        return tuple(i for i, number in enumerate(numbers) if not (self.one_sided and negative.get(number, False)))
 
-    def _act(self, step: Step, previous: injection.HostControl | None) -> injection.HostControl | None:
-        """What the UNet is given at a step in which this control acts; `previous` are the controls before it."""
+    def _frames(self, options: dict[str, Any]) -> tuple[int, ...] | None:
+        """The numbers of the frames that a call is about, where it is about some of the run's alone."""
+        given = getattr(self, "sub_idxs", None)
+        if given is not None:
+            return tuple(given)
+        window = options.get("context_window")
+        if window is None or getattr(window, "dim", None) != 0:
+            return None
+        # The window itself knows: newer hosts put an anchor frame before those that it lists.
+        all_frames = torch.arange(max(window.index_list) + 2)
+        return tuple(window.get_tensor(all_frames, dim=0).tolist())
+
+    def _act(self, call: Call, previous: injection.HostControl | None) -> injection.HostControl | None:
+        """What the UNet is given in a call in which this control acts; `previous` are the controls before it."""
         assert self._model_config is not None
-        shapes = self._model_config.residual_shapes(*step.size)
-        _watch_sizes(step.options, self._model_config)
-        dosed = self._dose(step.now, step.size, self._mask(step)).apply(self._residuals(step))
-        residuals = dosed.mapped(lambda _, residual: step.scattered(residual))
-        if RECORD in step.options:
-            step.options[RECORD].add(self.name, step.t[0].item(), residuals)
+        shapes = self._model_config.residual_shapes(*call.size)
+        _watch_sizes(call.options, self._model_config)
+        scaled = self._scales(call.value, call.size, self._mask(call)).apply(self._residuals(call))
+        residuals = scaled.mapped(lambda _, residual: call.piece.scatter(residual))
+        if RECORD in call.options:
+            call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
             before = injection.from_host_control(previous, len(shapes) - 1)
             injection.check(before, shapes)
@@ -234,40 +302,77 @@ class Control(comfy.controlnet.ControlBase):
             residuals = before + residuals
         return injection.as_host_control(residuals, shapes)
 
-    def _dose(self, now: float, size: tuple[int, int], mask: Tensor | None) -> Dose:
+    def _scales(self, value: float, size: tuple[int, int], mask: Tensor | None) -> ControlScales:
         assert self._model_config is not None
-        return self._strength.dose(now, len(self._model_config.skip_channels), size[0], mask)
+        return self._strength.scales(value, len(self._model_config.skip_channels), size[0], mask)
 
     def _original_hint(self) -> Tensor:
         """The hint at its own size, (B,C,H,W)."""
         if self.cond_hint_original is None:
             raise ControlError(f"{self.name} has no hint: apply it with an image")
-        return self.cond_hint_original
+        return self.cond_hint_original[:, : self._channels]
 
-    def _hint(self, step: Step, multiple: int = 8) -> Tensor:
-        """The hint at 8 times the latent's size, rounded up to `multiple`, at its own batch and on its own device."""
-        height, width = (-(-8 * n // multiple) * multiple for n in step.size)
-        return resize(self._original_hint(), height, width, self.options.resize)
+    def _hint(self, call: Call) -> Hint:
+        """The hint of this call: what somebody has set for it, as the host's own controls take it, or the whole one."""
+        self._original_hint()  # says when there is none
+        given, size = self.cond_hint, tuple(8 * n for n in call.size)
+        if given is not None and tuple(given.shape[2:]) != size:
+            given = None  # as the host's own controls take it
+        if given is not None and self.resize != "crop":
+            raise ControlError(
+                f"{self.name}: a tiled sampler cuts the hint, and that is exact for resize crop alone, found "
+                f"{self.resize}: give the hint the picture's shape and choose crop"
+            )
+        if given is not None and len(given) == call.piece.samples:
+            return Hint(given, self._channels, call.piece.rows, None, (id(given), call.piece.rows), given)
+        source = self.cond_hint_original if given is None else given
+        numbers = self._numbers(call, len(source))
+        key = (call.size if given is None else id(given), numbers)
+        return Hint(source, self._channels, numbers, len(source), key, given)
 
-    def _mask(self, step: Step) -> Tensor | None:
+    def _numbers(self, call: Call, count: int) -> tuple[int, ...]:
+        """Which of `count` entries of the hint are encoded for this call."""
+        return call.piece.numbers(count)
+
+    def _mask(self, call: Call) -> Tensor | None:
         """Where and on which pictures control acts, (B,1,8H,8W) or (B,1,1,1); `None` everywhere and on all."""
         mask, schedule = self._strength.mask, self._strength.schedule
         if mask is not None:
-            size = (step.size[0] * 8, step.size[1] * 8)
-            if size not in self._masks:
-                self._masks[size] = resize(mask, *size, self.options.resize, smooth=True).to(step.x)
-            mask = step.of_frames(self._masks[size])
+            mask = self._mask_of(call, mask)
         if schedule is None or not schedule.per_image:
             return mask
-        pictures, last = len(step.frames), int(step.frames.max())
-        windowed = "context_window" in step.options
-        if last >= len(schedule.per_image) or (not windowed and len(schedule.per_image) != pictures):
+        frames, whole = call.piece.frames, self._frames(call.options) is None
+        if max(frames) >= len(schedule.per_image) or (whole and len(schedule.per_image) != max(frames) + 1):
             raise ControlError(
                 f"{self.name}: the schedule's per_image has {len(schedule.per_image)} strengths, the batch "
-                f"{f'at least {last + 1}' if windowed else pictures} pictures: write one for each"
+                f"{f'{max(frames) + 1}' if whole else f'at least {max(frames) + 1}'} pictures: write one for each"
             )
-        strengths = step.of_frames(step.x.new_tensor(schedule.per_image).reshape(-1, 1, 1, 1))
+        strengths = call.piece.of_frames(call.x.new_tensor(schedule.per_image).reshape(-1, 1, 1, 1))
         return strengths if mask is None else mask * strengths
+
+    def _mask_of(self, call: Call, mask: Tensor) -> Tensor:
+        """The mask (B,1,8H,8W) for this call: cut like the hint, where somebody has cut that."""
+        height, width = (8 * n for n in call.size)
+        hint = self._hint(call)
+        if hint.source is self._uncut:
+            made = self._kept.get(
+                ("mask", call.size), lambda: resize(mask, height, width, self.resize, smooth=True).to(call.x)
+            )
+            return call.piece.of_frames(made)
+        positions = hint.positions
+        if positions is None or self._uncut is None:
+            raise ControlError(
+                f"{self.name}: another node has replaced the hint by one that does not say where it lies, so the mask "
+                "cannot follow: take the mask off, or that node"
+            )
+        shape = self._uncut.shape[2:]
+        if mask.shape[2] * shape[1] != mask.shape[3] * shape[0]:
+            raise ControlError(
+                f"{self.name}: a tiled sampler cuts the hint, {shape[1]}x{shape[0]}, and the mask, "
+                f"{mask.shape[3]}x{mask.shape[2]}, has another shape: give both the picture's shape"
+            )
+        positions = resize(hint.of(call.piece, positions), height, width, self.resize)
+        return at_positions(call.piece.of_frames(mask).to(call.x), positions)
 
     @property
     def _before(self) -> Any:
@@ -280,9 +385,26 @@ class Control(comfy.controlnet.ControlBase):
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
-    def _residuals(self, step: Step) -> Residuals:
-        """The residuals of this step at strength 1."""
+    def _residuals(self, call: Call) -> Residuals:
+        """The residuals of this call at strength 1."""
         raise NotImplementedError
+
+
+def _held(shapes: Sequence[tuple[int, ...]], frames: int) -> int:
+    """Numbers that a control leaves for the UNet: residuals for both halves of guidance, and guided hints.
+
+    What it needs while it runs it gives back before the UNet takes as much or more.
+    """
+    return 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
+
+
+def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:
+    """How many tiles of the picture are in a call, one after another with all parts of the batch in each.
+
+    The host says the sigmas of one part, and a tiled sampler repeats what the UNet is given for each tile.
+    """
+    part = len(options.get("sigmas", ())) * batched_number
+    return len(t) // part if part and len(t) == len(x) and len(t) % part == 0 else 1
 
 
 def _watch_sizes(options: dict[str, Any], config: UNetConfig) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.configuration import ConfigurationError, describe_mismatch, read_unet_config
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
-from .control import Control, ControlError, Step
+from .control import Call, Control, ControlError
 from .models import unet_config
 from .resize import resize
 
@@ -33,13 +34,20 @@ class ForeignControl(Control):
         """The host loads these with the model."""
         return [*super().get_models(), *self.inner.get_models()]
 
-    def get_extra_hooks(self) -> list[Any]:
+    def foreign_hooks(self) -> list[Any]:
         """Hooks of the wrapped control and of those before."""
-        return [*super().get_extra_hooks(), *self.inner.get_extra_hooks()]
+        return [*super().foreign_hooks(), *self.inner.get_extra_hooks()]
 
-    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Our reckoning, and what the wrapped control asks for itself."""
-        return super().inference_memory_requirements(dtype) + self.inner.inference_memory_requirements(dtype)
+    def _memory(self, dtype: torch.dtype) -> float:
+        return super()._memory(dtype) + self.inner.inference_memory_requirements(dtype)
+
+    def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> ForeignControl:
+        """Another control around a copy of the same network on another device."""
+        c = ForeignControl(self.inner.deepclone_multigpu(load_device, autoregister=False))
+        self.copy_to(c)
+        if autoregister:
+            self.multigpu_clones[load_device] = c  # type: ignore[attr-defined] - newer hosts have it
+        return c
 
     def set_extra_arg(self, argument: str, value: Any = None) -> None:
         """Handed on to the wrapped control."""
@@ -48,15 +56,30 @@ class ForeignControl(Control):
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run of the wrapped control at full strength and all over sampling: the dose is ours."""
         super().pre_run(model, percent_to_timestep_function)
-        self.inner.set_cond_hint(
-            self.cond_hint_original, 1.0, (0.0, 1.0), vae=self.vae, extra_concat=self.extra_concat_orig
-        )
+        self._show(self._original_hint())
         self.inner.pre_run(model, percent_to_timestep_function)
 
     def cleanup(self) -> None:
         """End a run."""
         super().cleanup()
         self.inner.cleanup()
+        self.inner.cond_hint_original = None
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._shown: Any = None
+
+    def _show(self, hint: Tensor) -> None:
+        """Give the wrapped control a hint at full strength and all over sampling: strength and window are ours."""
+        inner = self.inner
+        inner.set_cond_hint(hint, 1.0, (0.0, 1.0), vae=self.vae, extra_concat=self.extra_concat_orig)
+        inner.cond_hint = inner.control_input = None  # of another piece
+
+    def _order(self, call: Call, count: int) -> tuple[int, ...]:
+        """For the frames of one part of the batch, the places of their hints among the rows."""
+        numbers = call.piece.numbers(count)
+        one_part = call.piece.frames[: len(call.piece.frames) // len(call.halves)]
+        return (0,) if count == 1 else tuple(numbers.index(frame % count) for frame in one_part)
 
     def _config_of(self, model: Any) -> UNetConfig:
         config = unet_config(model, self.name, None)
@@ -68,23 +91,26 @@ class ForeignControl(Control):
                 raise ControlError(f"{self.name}: {mismatch}")
         return config
 
-    def _residuals(self, step: Step) -> Residuals:
+    def _residuals(self, call: Call) -> Residuals:
         assert self._model_config is not None
-        inner, hint = self.inner, self._original_hint()
-        if len(hint) > 1 and "context_window" in step.options:
-            hint = step.of_frames(hint)[: len(step.frames)]
-            inner.cond_hint = inner.control_input = None  # of another window
-        size = (step.size[0] * 8, step.size[1] * 8)
-        if self.options.resize != "crop" and hint.shape[2:] != size:
-            hint = resize(hint, *size, self.options.resize)
-        inner.cond_hint_original = hint
+        hint = self._hint(call)
+        # It knows of no frames: what it is shown is for the samples of one part of the batch, in their order. One of
+        # Advanced-ControlNet's own is told of AnimateDiff's windows, and cuts the whole hint by itself.
+        cuts_itself = hint.alive is None and "ad_params" in call.options and hasattr(self.inner, "sub_idxs")
+        order = None if hint.count is None or cuts_itself else self._order(call, hint.count)
+        if self._shown is None or self._shown[0] != (hint.key, order):
+            rows, size = self._original_hint() if cuts_itself else hint.rows, (call.size[0] * 8, call.size[1] * 8)
+            if self.resize != "crop" and rows.shape[2:] != size:
+                rows = resize(rows, *size, self.resize)
+            self._show(rows if order is None else rows[list(order)])
+            self._shown = (hint.key, order), hint.alive
         # It is told of the conds that it acts on, and of no others.
         told = {
-            key: [step.options[key][i] for i in step.chunks]
+            key: [call.options[key][i] for i in call.halves]
             for key in ("cond_or_uncond", "uuids")
-            if key in step.options
+            if key in call.options
         }
-        control = inner.get_control(step.x, step.t, step.cond, len(step.chunks), {**step.options, **told})
+        control = self.inner.get_control(call.x, call.t, call.cond, len(call.halves), {**call.options, **told})
         if control is None:
             raise ControlError(
                 f"{self.name} hands out no residuals here, so that they cannot be dosed: use the apply node of the "

@@ -6,13 +6,15 @@ from functools import partial
 from typing import Any
 
 import comfy.patcher_extension
+import torch
 from torch import Tensor
 
-from ...controlnet_core.dosing.strength import Dose
+from ...controlnet_core.dosing.clock import Moment
+from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks.injection import HostControl
-from ...controlnet_core.networks.lllite import PREFIX, LLLiteError, hooked, targets
+from ...controlnet_core.networks.lllite import PREFIX, ControlLLLite, LLLiteError, hooked, targets
 from ...controlnet_core.networks.unet import UNetConfig
-from .control import RECORD, ControlError, Step
+from .control import RECORD, Call, ControlError, Hint
 from .models import unet_config
 from .networks import NetworkControl
 
@@ -29,6 +31,8 @@ class LLLiteControl(NetworkControl):
     At each step it adds to the options of this one call of the UNet: the host's own attention patches for the queries,
     keys and values, and a wrapper of the call that hooks the layers for which the host has no patch.
     """
+
+    network: ControlLLLite
 
     def _forget_run(self) -> None:
         super()._forget_run()
@@ -47,17 +51,22 @@ class LLLiteControl(NetworkControl):
         found = targets(model.diffusion_model, self.network)
         self._places = {name: (target.path, target.block) for name, target in found.items()}
 
-    def _act(self, step: Step, previous: HostControl | None) -> HostControl | None:
-        calls: dict[LLLiteControl, _Call] = step.options.setdefault(KEY, {})
+    def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _act(self, call: Call, previous: HostControl | None) -> HostControl | None:
+        shifts: dict[LLLiteControl, _Shifts] = call.options.setdefault(KEY, {})
         # Samplers that work in tiles may ask again with the same options: what is there already then goes on.
-        if self not in calls:
-            calls[self] = _Call(self)
-            calls[self].install(step.options)
-        calls[self].begin(step, self._dose(step.now, step.size, self._mask(step)), self._encode(step))
+        if self not in shifts:
+            shifts[self] = _Shifts(self)
+            shifts[self].install(call.options)
+        scales = self._scales(call.value, call.size, self._mask(call))
+        moment = self._moment(call.options, call.t) if RECORD in call.options else None
+        shifts[self].begin(call, scales, *self._encode(call), moment)
         return previous
 
 
-class _Call:
+class _Shifts:
     """One call of the UNet: which layers' inputs have been shifted in it, and how."""
 
     def __init__(self, control: LLLiteControl):
@@ -77,30 +86,28 @@ class _Call:
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, self.run, options
         )
 
-    def begin(self, step: Step, dose: Dose, embeddings: dict[str, Tensor]) -> None:
-        """Say what the next run of the UNet is given."""
-        self.step, self.dose, self.embeddings = step, dose, embeddings
+    def begin(
+        self, call: Call, scales: ControlScales, hint: Hint, embeddings: dict[str, Tensor], moment: Moment | None
+    ) -> None:
+        """Say what the next run of the UNet is given, and when that is where it is recorded."""
+        self.call, self.scales, self.hint, self.embeddings, self.moment = call, scales, hint, embeddings, moment
 
     def shift(self, name: str, x: Tensor) -> Tensor:
         """What the layer is given for x: shifted in the rows that control acts on, the others as they are."""
         self.acted.add(name)
-        if x.shape[0] != self.step.total:
+        piece = self.call.piece
+        if x.shape[0] != piece.samples:
             raise LLLiteError(
-                f"{name} expects {self.step.total} samples, its layer is given {x.shape[0]}: no other node may merge "
+                f"{name} expects {piece.samples} samples, its layer is given {x.shape[0]}: no other node may merge "
                 "or tile what this layer is given"
             )
-        rows = self.step.rows
-        embedding = self.step.of_frames(self.embeddings[name])
-        part = x if rows is None else x[rows]
-        shifted = self.network.shifted(name, self.places[name][1], part, embedding, self.dose.weigh)
-        if RECORD in self.step.options:
+        embedding = self.hint.of(piece, self.embeddings[name])
+        part = piece.take(x)
+        shifted = self.network.shifted(name, self.places[name][1], part, embedding, self.scales.scaled)
+        if self.moment is not None:
             power = (shifted - part).float().square().mean() / part.float().square().mean()
             self.ratios.setdefault(self.places[name][1], []).append(power.sqrt().item())
-        if rows is None:
-            return shifted
-        whole = x.clone()
-        whole[rows] = shifted
-        return whole
+        return piece.scatter(shifted, into=x)
 
     def patch(self, attention: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
         """The host's attention patch: what makes the queries, the keys and the values."""
@@ -131,9 +138,9 @@ class _Call:
                 f"{self.name}: {len(idle)} of its {len(self.places)} layers were not reached in this call of the "
                 f"model, the first {idle[0].removeprefix(PREFIX)}: take off what makes the model skip blocks"
             )
-        if RECORD in self.step.options:
+        if self.moment is not None:
             means = {block: sum(ratios) / len(ratios) for block, ratios in self.ratios.items()}
-            self.step.options[RECORD].shifted(self.name, self.step.t[0].item(), means)
+            self.call.options[RECORD].shifted(self.name, self.moment, means)
         return result
 
 

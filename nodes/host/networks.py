@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.controlnet
 import torch
 from torch import Tensor
 
 from ...controlnet_core.files.loading import LoadedControl
+from ...controlnet_core.networks.control_lora import ControlLora
+from ...controlnet_core.networks.controlnet import ControlNet
+from ...controlnet_core.networks.lite import ControlNetLite
+from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.residuals import Residuals
+from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
-from ...controlnet_core.networks.union import TYPES
-from .control import Control, ControlError, Step
-from .models import unet_config
+from ...controlnet_core.networks.union import TYPES, UnionControlNet
+from .control import Call, Control, ControlError, Hint
+from .models import on_device, unet_config
+from .resize import resize
+
+ENCODED_PIXELS = 2 * 512 * 512
+"""Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
 
 
 class NetworkControl(Control):
     """A control with a network of ours; its weights and their place in memory are shared by all copies."""
 
+    network: ControlNetwork
+
     def __init__(self, name: str, loaded: LoadedControl, patcher: Any, compute_dtype: torch.dtype):
         super().__init__(name)
         self.loaded = loaded
+        self.network = loaded.control
         self.patcher = patcher
         self.compute_dtype = compute_dtype
-
-    @property
-    def network(self) -> Any:
-        """The core's network."""
-        return self.loaded.control
 
     def copy(self) -> NetworkControl:
         """Another control of the same network with the same settings."""
@@ -40,9 +46,13 @@ class NetworkControl(Control):
         """The host loads these with the model."""
         return [*super().get_models(), self.patcher]
 
-    def _forget_run(self) -> None:
-        super()._forget_run()
-        self._encoded: dict[tuple[int, int], Any] = {}
+    def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> NetworkControl:
+        """Another control with the same settings whose network is on another device."""
+        c = type(self)(self.name, *on_device(self.loaded, self.patcher, load_device), self.compute_dtype)
+        self.copy_to(c)
+        if autoregister:
+            self.multigpu_clones[load_device] = c  # type: ignore[attr-defined] - newer hosts have it
+        return c
 
     def _config_of(self, model: Any) -> UNetConfig:
         config = unet_config(model, self.name, self.network.family)
@@ -55,24 +65,39 @@ class NetworkControl(Control):
             )
         return config
 
-    def _encode(self, step: Step, multiple: int = 8) -> Any:
-        """What the network makes of the hint, once per run and size, at the hint's own batch."""
-        if step.size not in self._encoded:
-            hint = self._hint(step, multiple).to(device=step.x.device, dtype=self.compute_dtype)
-            channels = self.network.hint_channels
-            if channels == 1:
-                hint = hint.mean(dim=1, keepdim=True)
-            if hint.shape[1] != channels:
-                raise ControlError(f"{self.name} takes a hint of {channels} channels, found {hint.shape[1]}")
-            self._encoded[step.size] = self._encode_hint(hint)
-        return self._encoded[step.size]
+    def _encode(self, call: Call, multiple: int = 8) -> tuple[Hint, Any]:
+        """The hint of this call and what the network makes of its rows, once per run, at 8 times the latent's size.
 
-    def _encode_hint(self, hint: Tensor) -> Any:
-        return self.network.encode_hint(hint)
+        That size is rounded up to `multiple`. Large batches are encoded in pieces, so that they need little memory.
+        """
+        hint = self._hint(call)
+        height, width = (-(-8 * n // multiple) * multiple for n in call.size)
+
+        def encode() -> Any:
+            at_once = max(1, ENCODED_PIXELS // (height * width))
+            parts = [self._encode_rows(call, rows, height, width) for rows in hint.rows.split(at_once)]
+            return parts[0] if len(parts) == 1 else self._joined(parts)
+
+        return hint, self._kept.get((hint.key, multiple), encode, hint.alive)
+
+    def _encode_rows(self, call: Call, rows: Tensor, height: int, width: int) -> Any:
+        rows = resize(rows, height, width, self.resize).to(device=call.x.device, dtype=self.compute_dtype)
+        channels = self.network.hint_channels
+        if channels == 1:
+            rows = rows.mean(dim=1, keepdim=True)
+        if rows.shape[1] != channels:
+            raise ControlError(f"{self.name} takes a hint of {channels} channels, found {rows.shape[1]}")
+        return self.network.encode_hint(rows)
+
+    def _joined(self, parts: list[Any]) -> Any:
+        """What several pieces of a batch were encoded to, as one."""
+        return torch.cat(parts)
 
 
 class ControlNetControl(NetworkControl):
     """A ControlNet. With the host's `global_average_pooling`, one for shuffle: pooled, on the prompt's half alone."""
+
+    network: ControlNet | ControlNetLite
 
     def _forget_run(self) -> None:
         super()._forget_run()
@@ -88,18 +113,19 @@ class ControlNetControl(NetworkControl):
         """Whether control acts on the conditional half of guidance alone."""
         return self.global_average_pooling or super().one_sided
 
-    def _residuals(self, step: Step) -> Residuals:
-        residuals = self.network(*self._inputs(step, step.of_frames(self._encode(step))))
+    def _residuals(self, call: Call) -> Residuals:
+        hint, guided_hint = self._encode(call)
+        residuals = self.network(*self._inputs(call, hint.of(call.piece, guided_hint)))
         return residuals.pooled() if self.global_average_pooling else residuals
 
-    def _inputs(self, step: Step, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
+    def _inputs(self, call: Call, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
         """What a ControlNet's forward takes."""
-        place: dict[str, Any] = {"device": step.x.device, "dtype": self.compute_dtype}
-        context = step.cond.get("crossattn_controlnet", step.cond["c_crossattn"])
-        y = step.cond.get("y")
+        place: dict[str, Any] = {"device": call.x.device, "dtype": self.compute_dtype}
+        context = call.cond.get("crossattn_controlnet", call.cond["c_crossattn"])
+        y = call.cond.get("y")
         return (
-            self._sampling.calculate_input(step.t, step.x).to(**place),
-            self._sampling.timestep(step.t).to(step.x.device, torch.float32),  # bf16 has no number for most timesteps
+            self._sampling.calculate_input(call.t, call.x).to(**place),
+            self._sampling.timestep(call.t).to(call.x.device, torch.float32),  # bf16 has no number for most timesteps
             context.to(**place),
             guided_hint,
             None if y is None else y.to(**place),
@@ -108,6 +134,8 @@ class ControlNetControl(NetworkControl):
 
 class ControlLoraControl(ControlNetControl):
     """A Control-LoRA: it borrows the layers of the model that it is applied to, in that model's dtype."""
+
+    network: ControlLora
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run on `model`."""
@@ -128,6 +156,7 @@ class UnionControl(ControlNetControl):
     own hint, type, strength, window and schedule (xinsir6/ControlNetPlus). The rest of the dose is the same for both.
     """
 
+    network: UnionControlNet
     joins = False
 
     @property
@@ -143,10 +172,10 @@ class UnionControl(ControlNetControl):
             and other.network is self.network
             and other.type_number is not None
             and self.type_number is not None
-            and other.options.guidance == self.options.guidance
-            and _same(other.options.mask, self.options.mask)
-            and other.options.block_weights == self.options.block_weights
-            and not any(c.options.schedule and c.options.schedule.per_image for c in (self, other))
+            and other.dosing.guidance == self.dosing.guidance
+            and _same(other.dosing.mask, self.dosing.mask)
+            and other.dosing.block_weights == self.dosing.block_weights
+            and not any(c.dosing.schedule and c.dosing.schedule.per_image for c in (self, other))
         )
 
     def copy_to(self, c: Any) -> None:
@@ -157,7 +186,6 @@ class UnionControl(ControlNetControl):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._acting: list[tuple[UnionControl, float]] = []
-        self._fused: tuple[Any, Tensor] | None = None
 
     @property
     def _group(self) -> list[UnionControl]:
@@ -169,45 +197,49 @@ class UnionControl(ControlNetControl):
     def _before(self) -> Any:
         return self._group[0].previous_controlnet
 
-    def _now(self, sigma: float, sigmas: Tensor | None) -> float:
-        values = [(control, ControlNetControl._now(control, sigma, sigmas)) for control in self._group]
+    def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
+        values = [(control, ControlNetControl._value(control, options, sigma)) for control in self._group]
         self._acting = [(control, value) for control, value in values if value != 0.0]
         # Of several, each strength goes into the fuse; of one, it multiplies the residuals.
         return 1.0 if len(self._acting) > 1 else sum(value for _, value in self._acting)
 
-    def _residuals(self, step: Step) -> Residuals:
-        types = [control.type_number for control, _ in self._acting if control.type_number is not None]
-        return self.network(*self._inputs(step, step.of_frames(self._guided_hint(step, types))), types=types)
+    def _numbers(self, call: Call, count: int) -> tuple[int, ...]:
+        # In the authors' network the pictures of a batch see each other: a window must not change what they see.
+        return super()._numbers(call, count) if self.type_number is None else tuple(range(count))
 
-    def _guided_hint(self, step: Step, types: list[int]) -> Tensor:
-        """The hints of those that act now, fused; kept as long as nothing in it changes."""
-        key = (step.size, tuple((id(control), value) for control, value in self._acting))
-        if self._fused is None or self._fused[0] != key:
-            features = [control._encode(step) for control, _ in self._acting]
-            if len({len(feature) for feature in features} - {1}) > 1:
-                raise ControlError(
-                    f"{self.name}: hints that are fused come for as many frames or for one, found "
-                    f"{', '.join(str(len(feature)) for feature in features)}: give each the same number"
-                )
-            strengths = [value for _, value in self._acting]
-            self._fused = key, self.network.fuse(features, types, strengths) if types else features[0]
-        return self._fused[1]
+    def _residuals(self, call: Call) -> Residuals:
+        types = [control.type_number for control, _ in self._acting if control.type_number is not None]
+        return self.network(*self._inputs(call, self._guided_hint(call, types)), types=types)
+
+    def _guided_hint(self, call: Call, types: list[int]) -> Tensor:
+        """The hints of those that act now, fused, for each sample; kept as long as nothing in it changes."""
+        hints, features = zip(*(control._encode(call) for control, _ in self._acting), strict=True)
+        if len({len(feature) for feature in features} - {1}) > 1:
+            raise ControlError(
+                f"{self.name}: hints that are fused come for as many frames or for one, found "
+                f"{', '.join(str(len(feature)) for feature in features)}: give each the same number"
+            )
+        largest = max(range(len(features)), key=lambda i: len(features[i]))
+        if not types:
+            return hints[largest].of(call.piece, features[largest])
+        strengths = [value for _, value in self._acting]
+        key = (tuple(id(feature) for feature in features), tuple(strengths))
+        fused = self._kept.get(key, lambda: self.network.fuse(features, types, strengths), features)
+        return hints[largest].of(call.piece, fused)
 
 
 class AdapterControl(NetworkControl):
     """A T2I-Adapter: its residuals do not depend on time, and are computed once per run and size."""
 
-    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes of working memory: an adapter runs once, before the UNet, so that only those before it count."""
-        return comfy.controlnet.ControlBase.inference_memory_requirements(self, dtype)
+    network: T2IAdapter
 
-    def _encode_hint(self, hint: Tensor) -> Residuals:
-        return self.network(hint)
+    def _joined(self, parts: list[Residuals]) -> Residuals:
+        return Residuals.cat(parts)
 
-    def _residuals(self, step: Step) -> Residuals:
-        encoded: Residuals = self._encode(step, self.network.hint_multiple)
+    def _residuals(self, call: Call) -> Residuals:
+        hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        return encoded.mapped(lambda _, residual: step.of_frames(residual))
+        return encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import comfy.patcher_extension
 from torch import Tensor
 
 from ...controlnet_core.dosing.record import TOGETHER, Record, RecordError, power
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
+from . import run
 from .control import RECORD
 from .models import unet_config
+from .run import WrappersMP
 
-WrappersMP = comfy.patcher_extension.WrappersMP
 KEY = "zeroconv_record"
 
 
@@ -26,16 +25,18 @@ def recorded(model: Any) -> tuple[Any, Record]:
     record = Record()
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        record.start(_bound(executor, args, kwargs).arguments["sigmas"].tolist())
+        call = run.bound(executor, args, kwargs)
+        record.start()
         executor.class_obj.model_options["transformer_options"][RECORD] = record  # the run's own options
-        return executor(*args, **kwargs)
+        run.begin(call.arguments, executor.class_obj)
+        return executor(*call.args, **call.kwargs)
 
     def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        call = _bound(executor, args, kwargs)
+        call = run.bound(executor, args, kwargs)
         options, control = call.arguments["transformer_options"], call.arguments.get("control")
-        sigma = options["sigmas"][0].item()
+        moment = options[run.RUN].moment(options["sigmas"])
         together = injection.from_host_control(control or {}, skips)
-        record.add(TOGETHER, sigma, together)
+        record.add(TOGETHER, moment, together)
         targets = _Targets(together)
         patches = dict(options.get("patches", {}))
         for place, see in (
@@ -46,18 +47,13 @@ def recorded(model: Any) -> tuple[Any, Record]:
             patches[place] = [see, *patches.get(place, [])]
         call.arguments["transformer_options"] = {**options, "patches": patches}
         output = executor(*call.args, **call.kwargs)
-        record.met(sigma, targets.powers)
+        record.met(moment, targets.powers)
         return output
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, diffusion_model)
     return clone, record
-
-
-def _bound(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """The arguments of a wrapped call by their names: their order differs between versions of the host."""
-    return inspect.signature(executor.original).bind(*args, **kwargs)
 
 
 class _Targets:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from ...controlnet_core.dosing.block_weights import BlockWeights
+from ...controlnet_core.dosing.strength import Strength
 from . import files
-from .control import Control, Options
+from .control import Control
 from .foreign import ForeignControl
 from .networks import UnionControl
+from .resize import Resize
 
 Entry = tuple[Any, Tensor, float, float, float]
 """(control_net, image (B,H,W,3) in 0..1, strength, start, end); the rest rides on control_net."""
@@ -20,34 +24,49 @@ class StackError(ValueError):
     """Something in the place of a CONTROL_NET_STACK, or of what one is made of."""
 
 
-def entry(control_net: Any, image: Tensor | None, strength: float, start: float, end: float, options: Options) -> Entry:
-    """One entry; raises for a missing image and for a window that cannot be meant."""
+def entry(control_net: Any, image: Tensor | None, strength: Strength, resize: Resize) -> Entry:
+    """One entry; raises for a missing image."""
     if image is None:
         raise StackError("control_net is connected and its image is not: connect the hint that it shall follow")
-    made = _control(control_net).with_options(options)
-    _dosed(made, image, strength, start, end)
-    return made, image, strength, start, end
+    made = _control(control_net).with_dosing(strength, resize)
+    return made, image, strength.value, strength.window.start, strength.window.end
 
 
 def read(stack: Any) -> list[Entry]:
-    """The entries of a stack of ours or of another pack, as fives; what came in stays as it was."""
+    """The entries of a stack of ours or of another pack, as fives, in a list of their own; the stack stays as it was.
+
+    Entries may name the file of their control, as Comfyroll's and Easy-Use's do. A stack that is switched off is `None`
+    or empty, or has entries that are called None.
+    """
     if stack is None:
         return []
     if not isinstance(stack, (list, tuple)):
         raise StackError(f"a CONTROL_NET_STACK is a list, found {type(stack).__name__}: connect a stack node")
-    return [_read(i, found) for i, found in enumerate(stack)]
+    return [_read(i, found) for i, found in enumerate(stack) if not _switched_off(found)]
+
+
+def _switched_off(found: Any) -> bool:
+    return isinstance(found, (list, tuple)) and len(found) in (5, 7) and found[0] in ("None", None)
 
 
 def _read(i: int, found: Any) -> Entry:
-    if isinstance(found, (list, tuple)) and len(found) == 5:
-        return tuple(found)  # type: ignore[return-value]
-    if isinstance(found, (list, tuple)) and len(found) == 7 and isinstance(found[0], str):
-        name, strength, start, end, _, image, _ = found  # Easy-Use
-        return files.load(name), image, strength, start, end
-    raise StackError(
-        f"entry {i} of the control_net stack is {_what(found)}; expected (control_net, image, strength, "
-        "start_percent, end_percent): connect a stack made by ZeroConv, Comfyroll, Efficiency or Easy-Use"
-    )
+    fields = tuple(found) if isinstance(found, (list, tuple)) else ()
+    if len(fields) == 7 and isinstance(fields[0], str):  # Easy-Use
+        name, strength, start, end, soft, image, _ = fields
+        net: Any = files.load(name)
+        if soft != 1:  # each block's weight is that of the next deeper one times this
+            net = net.with_dosing(replace(net.dosing, block_weights=BlockWeights("soft", soft)), net.resize)
+    elif len(fields) == 5:
+        net, image, strength, start, end = fields
+        net = files.load(net) if isinstance(net, str) else net
+    else:
+        raise StackError(
+            f"entry {i} of the control_net stack is {_what(found)}; expected (control_net, image, strength, "
+            "start_percent, end_percent): connect a stack made by ZeroConv, Comfyroll, Efficiency or Easy-Use"
+        )
+    if image is None:
+        raise StackError(f"entry {i} of the control_net stack has no image: connect the hint that it shall follow")
+    return net, image, strength, start, end
 
 
 def _what(found: Any) -> str:
@@ -62,7 +81,7 @@ def controls(stack: Sequence[Entry], vae: Any = None) -> list[Control]:
     made: list[Control] = []
     for net, image, strength, start, end in stack:
         control = _dosed(_control(net), image, strength, start, end, vae)
-        if control.strength_now().off:
+        if control.full_strength().off:
             continue
         if made and isinstance(control, UnionControl):
             control.joins = control.fuses_with(made[-1])
@@ -84,5 +103,5 @@ def _dosed(control: Control, image: Tensor, strength: float, start: float, end: 
     """A copy of `control` with this hint and strength; `image` (B,H,W,C) as nodes hand it on."""
     copy = control.copy()
     copy.set_cond_hint(image.movedim(-1, 1), strength, (start, end), vae=vae)
-    copy.strength_now()  # says what is wrong with the window while the node is at hand
+    copy.full_strength()  # says what is wrong with the window while the node is at hand
     return copy

@@ -18,11 +18,18 @@ import folder_paths
 import nodes
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_extras import nodes_controlnet, nodes_custom_sampler
+from comfy_extras import nodes_context_windows, nodes_controlnet, nodes_custom_sampler
 from graphs import STEPS, Control, Event, Run, Scene, latent, prompt
 from safetensors.torch import load_file, save_file
 from tiny_models import WIDTH, control_state_dict, tiny_model, write_control
 from torch import Tensor
+
+
+def _nothing_hidden() -> dict[str, Any]:
+    """The argument by which this host's executor takes the hidden inputs of a node: it was renamed on the way."""
+    if "v3_data" in inspect.signature(execution.get_output_data).parameters:
+        return {"v3_data": {"hidden_inputs": {}}}
+    return {"hidden_inputs": {}}
 
 
 class Host:
@@ -62,7 +69,8 @@ class Host:
 
     def call(self, node: str, **inputs: Any) -> tuple:
         """The outputs of the node with this id, run as the host runs it; a widget left out has its default."""
-        extras = (getattr(module, node) for module in (nodes_custom_sampler, nodes_controlnet) if hasattr(module, node))
+        modules = (nodes_custom_sampler, nodes_controlnet, nodes_context_windows)
+        extras = (getattr(module, node) for module in modules if hasattr(module, node))
         kind = next(extras, None) or nodes.NODE_CLASS_MAPPINGS.get(node) or self.ours[node]
         values: dict[str, Any] = {}
         declared = kind.INPUT_TYPES()
@@ -79,10 +87,16 @@ class Host:
         with torch.inference_mode():
             output, *_ = asyncio.run(
                 execution.get_output_data(
-                    "prompt", "1", kind(), {name: [value] for name, value in values.items()}, hidden_inputs={}
+                    "prompt", "1", kind(), {name: [value] for name, value in values.items()}, **_nothing_hidden()
                 )
             )
         return tuple(slot[0] for slot in output)
+
+    def windows(self, model: Any, length: int, overlap: int, **options: Any) -> Any:
+        """A clone of `model` that samples in context windows; what the host's node has besides keeps its default."""
+        schedule = {"context_schedule": "standard_static", "fuse_method": "pyramid"}
+        given = {"context_length": length, "context_overlap": overlap, **schedule, **options}
+        return self.call("ContextWindowsManualNode", model=model, **given)[0]
 
     # -- models and controls -------------------------------------------------------------------------------------
 
@@ -269,15 +283,24 @@ class Host:
         return self._recorded(lambda: self.call(node, model=model, **given)[0]["samples"])
 
     def sample_guided(
-        self, model: Any, guider: str, steps: int = STEPS, latent_image: dict[str, Tensor] | None = None, **inputs: Any
+        self,
+        model: Any,
+        guider: str,
+        steps: int = STEPS,
+        latent_image: dict[str, Tensor] | None = None,
+        sampler: Any = None,
+        sigmas: Tensor | None = None,
+        **inputs: Any,
     ) -> Run:
-        """Sample with SamplerCustomAdvanced and the guider node of this id."""
+        """Sample with SamplerCustomAdvanced and the guider node of this id; euler over normal sigmas unless given."""
         model = self.watched(model)
         custom = {
             "guider": self.call(guider, model=model, **inputs)[0],
             "noise": self.call("RandomNoise", noise_seed=5)[0],
-            "sampler": self.call("KSamplerSelect", sampler_name="euler")[0],
-            "sigmas": self.call("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0],
+            "sampler": sampler or self.call("KSamplerSelect", sampler_name="euler")[0],
+            "sigmas": self.call("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0]
+            if sigmas is None
+            else sigmas,
             "latent_image": latent_image or latent(),
         }
         return self._recorded(lambda: self.call("SamplerCustomAdvanced", **custom)[0]["samples"])

@@ -259,12 +259,9 @@ def test_strengths_for_each_picture(host: Host):
 
 
 def test_strengths_for_fewer_frames_than_context_windows_run_over_are_refused(host: Host):
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
     scene = apply(host, schedule=schedule(host, "0: 1", per_image="1, 0.5, 0"))
-    windows = ContextWindowsManualNode.execute(scene.model, 4, 2, "standard_static", 1, False, "pyramid", 0)
     with pytest.raises(Exception, match="per_image has 3 strengths, the batch at least 4 pictures"):
-        host.sample(replace(scene, model=windows.result[0]), latent_image=latent(6), steps=5)  # type: ignore[index]
+        host.sample(replace(scene, model=host.windows(scene.model, 4, 2)), latent_image=latent(6), steps=5)
 
 
 def test_strengths_for_another_number_of_pictures_are_refused(host: Host):

@@ -208,10 +208,7 @@ FRAMES: dict[str, Any] = {"latent_image": latent(6), "steps": 5}
 
 def windowed(host: Host, scene: Scene) -> Scene:
     """The same under the host's own context windows: 4 of 6 frames at a time, 2 of them shared."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    (model,) = ContextWindowsManualNode.execute(scene.model, 4, 2, "standard_static", 1, False, "pyramid", 0).result  # type: ignore[misc]
-    return Scene(model, scene.positive, scene.negative)
+    return Scene(host.windows(scene.model, 4, 2), scene.positive, scene.negative)
 
 
 @pytest.mark.parametrize("way", ["ApplyControl", "ApplyControlToPrompt"])

@@ -28,11 +28,9 @@ def dual(host: Host, model: Any, cond1: list, cond2: list, negative: list, **inp
     )
 
 
-def windowed(model: Any) -> Any:
+def windowed(host: Host, model: Any) -> Any:
     """The host's own context windows of 2 of 3 frames, one of them shared."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    return ContextWindowsManualNode.execute(model, 2, 1, "standard_static", 1, False, "pyramid", 0).result[0]  # type: ignore[index]
+    return host.windows(model, 2, 1)
 
 
 def native_on(host: Host, entries: list) -> list:
@@ -46,7 +44,7 @@ def native_on(host: Host, entries: list) -> list:
 @pytest.mark.parametrize("way", ["ApplyControl", "ApplyControlToPrompt"])
 def test_cond_only_leaves_the_negative_of_dual_guidance_alone(host: Host, way: str, windows: bool):
     first, second, negative = prompt(1), prompt(3), prompt(2)
-    model = windowed(host.model("sd15")) if windows else host.model("sd15")
+    model = windowed(host, host.model("sd15")) if windows else host.model("sd15")
     # 0.3.75 compares the list of sigmas with one sigma for each frame: as many of these as of those.
     frames: dict[str, Any] = {"steps": 2, "latent_image": latent(3)} if windows else {}
 

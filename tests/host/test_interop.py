@@ -256,15 +256,12 @@ def test_a_run_has_as_many_control_passes_as_steps(host: Host):
 @pytest.mark.parametrize("way", ["ApplyControl", "ApplyControlToPrompt"])
 def test_a_foreign_control_gets_the_hints_of_its_context_window(host: Host, way: str):
     """As our own does, which test_formulas.py compares with each frame's hint by itself."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
     hints = torch.cat([Control(hint=1).image.repeat(3, 1, 1, 1), Control(hint=2).image.repeat(3, 1, 1, 1)])
     frames: dict[str, Any] = {"latent_image": latent(6), "steps": 5}
 
     def run(foreign: bool) -> Run:
         scene = host.apply(way, host.scene(), "sd15", Control(options={"image": hints}), foreign=foreign)
-        made = ContextWindowsManualNode.execute(scene.model, 4, 2, "standard_static", 1, False, "pyramid", 0)
-        return host.sample(replace(scene, model=made.result[0]), **frames)  # type: ignore[index]
+        return host.sample(replace(scene, model=host.windows(scene.model, 4, 2)), **frames)
 
     assert off_by(run(foreign=True), run(foreign=False)) <= 1e-4
 
@@ -377,16 +374,13 @@ def test_every_kind_in_the_hosts_apply_node_before_and_after_a_native_control(ho
 @pytest.mark.parametrize("kind", ["lora", "adapter", "lllite", "lite"])
 def test_every_kind_takes_its_own_frames_hints_in_context_windows(host: Host, kind: str):
     """A Union is left out: its authors let the pictures of a batch see each other's hints."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
     control = made(host, kind)
     frames: dict[str, Any] = {"latent_image": latent(6), "steps": 5}
 
     def run(image: torch.Tensor) -> torch.Tensor:
         scene = host.scene("sdxl")
         (model,) = host.call("ApplyControl", model=scene.model, control_net=control, image=image)
-        windows = ContextWindowsManualNode.execute(model, 4, 2, "standard_static", 1, False, "pyramid", 0)
-        return host.sample(replace(scene, model=windows.result[0]), **frames).latent  # type: ignore[index]
+        return host.sample(replace(scene, model=host.windows(model, 4, 2)), **frames).latent
 
     first, second = run(picture(1)), run(picture(2))
     mixed = run(torch.cat([picture(1).repeat(3, 1, 1, 1), picture(2).repeat(3, 1, 1, 1)]))

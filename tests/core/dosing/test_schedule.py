@@ -2,16 +2,15 @@
 
 import pytest
 
+from zeroconv.controlnet_core.dosing.clock import Clock, ClockError, Moment
 from zeroconv.controlnet_core.dosing.schedule import (
     CURVES,
     Keyframe,
     Schedule,
     ScheduleError,
     parse,
-    percent_of,
-    step_of,
 )
-from zeroconv.controlnet_core.dosing.strength import Window
+from zeroconv.controlnet_core.dosing.window import Window
 
 SIGMAS = [14.6, 8.0, 4.0, 1.0, 0.5, 0.0]
 ALL = Window(0.0, 1.0)
@@ -20,6 +19,14 @@ ALL = Window(0.0, 1.0)
 def percent_to_sigma(percent: float) -> float:
     """A schedule that falls from 10 to 0; like the host's, percent 0 is beyond every sigma."""
     return 1e9 if percent == 0.0 else 10.0 * (1.0 - percent)
+
+
+CLOCK = Clock(percent_to_sigma, SIGMAS)
+
+
+def at(sigma: float) -> Moment:
+    """The moment of a run that does not tell its steps."""
+    return Clock(percent_to_sigma).at(sigma)
 
 
 def schedule(text: str, unit: str = "window", per_image: tuple[float, ...] = ()) -> Schedule:
@@ -78,22 +85,22 @@ def test_curves(name: str, values: list[float]):
     ("sigma", "percent"), [(99.0, 0.0), (10.0, 0.0), (7.5, 0.25), (7.0, 0.3), (5.0, 0.5), (1.0, 0.9), (0.0, 1.0)]
 )
 def test_percent_of_is_the_inverse_of_the_hosts_function(sigma: float, percent: float):
-    assert percent_of(sigma, percent_to_sigma) == percent
+    assert at(sigma).percent == percent
 
 
 def test_step_of_counts_intervals():
-    assert [step_of(s, SIGMAS) for s in (99.0, 14.6, 9.0, 8.0, 0.5, 0.1)] == [0, 0, 0, 1, 4, 4]
+    assert [CLOCK.at(s).step for s in (99.0, 14.6, 9.0, 8.0, 0.5, 0.1)] == [0, 0, 0, 1, 4, 4]
 
 
 def test_percent_is_the_hosts_whatever_the_window():
     made = schedule("0: 1, 1: 0", "percent")
-    assert made.position(7.0, None, percent_to_sigma, Window(0.5, 1.0)) == 0.3
-    assert made.value(7.0, None, percent_to_sigma, Window(1, 2, "step")) == pytest.approx(0.7)
+    assert made.position(at(7.0), Window(0.5, 1.0)) == 0.3
+    assert made.value(at(7.0), Window(1, 2, "step")) == pytest.approx(0.7)
 
 
 def test_steps_are_the_runs_whatever_the_window():
     made = schedule("1: 1, 3: 0", "step")
-    values = [made.value(s, SIGMAS, percent_to_sigma, Window(2, 3, "step")) for s in SIGMAS[:-1]]
+    values = [made.value(CLOCK.at(s), Window(2, 3, "step")) for s in SIGMAS[:-1]]
     assert values == [1.0, 1.0, 0.5, 0.0, 0.0]
 
 
@@ -103,7 +110,7 @@ def test_steps_are_the_runs_whatever_the_window():
 )
 def test_window_in_percent_runs_from_0_to_1(start: float, end: float, sigma: float, position: float):
     made = schedule("0: 1")
-    assert made.position(sigma, None, percent_to_sigma, Window(start, end)) == pytest.approx(position)
+    assert made.position(at(sigma), Window(start, end)) == pytest.approx(position)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +128,13 @@ def test_window_in_percent_runs_from_0_to_1(start: float, end: float, sigma: flo
 def test_window_in_steps_is_0_at_its_first_and_1_at_its_last(start: int, end: int, positions: list[float]):
     made = schedule("0: 1")
     window = Window(start, end, "step")
-    assert [made.position(s, SIGMAS, percent_to_sigma, window) for s in SIGMAS[:-1]] == positions
+    assert [made.position(CLOCK.at(s), window) for s in SIGMAS[:-1]] == positions
 
 
 @pytest.mark.parametrize(("unit", "window"), [("step", ALL), ("window", Window(0, 2, "step"))])
 def test_steps_need_the_samplers_sigmas(unit: str, window: Window):
-    with pytest.raises(ScheduleError, match="does not tell its sigmas"):
-        schedule("0: 1", unit).value(1.0, None, percent_to_sigma, window)
+    with pytest.raises(ClockError, match="does not tell its sigmas"):
+        schedule("0: 1", unit).value(at(1.0), window)
 
 
 # -- what cannot be meant ---------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from zeroconv.controlnet_core.dosing.block_weights import BlockWeights
-from zeroconv.controlnet_core.dosing.schedule import Keyframe, Schedule, step_of
-from zeroconv.controlnet_core.dosing.strength import Strength, StrengthError, Window
+from zeroconv.controlnet_core.dosing.clock import Clock, ClockError
+from zeroconv.controlnet_core.dosing.schedule import Keyframe, Schedule
+from zeroconv.controlnet_core.dosing.strength import Strength, StrengthError
+from zeroconv.controlnet_core.dosing.window import Window, WindowError
 from zeroconv.controlnet_core.networks.residuals import Residuals
 
 SIGMAS = [14.6, 8.0, 4.0, 1.0, 0.0]
@@ -16,11 +18,14 @@ def percent_to_sigma(percent: float) -> float:
     return 10.0 * (1.0 - percent)
 
 
+CLOCK = Clock(percent_to_sigma, SIGMAS)
+
+
 @pytest.mark.parametrize(
     ("sigma", "step"), [(14.6, 0), (9.0, 0), (8.0, 1), (4.0001, 1), (4.0, 2), (1.0, 3), (0.5, 3), (0.0, 4), (99.0, 0)]
 )
 def test_step_is_the_interval_that_holds_sigma(sigma: float, step: int):
-    assert step_of(sigma, SIGMAS) == step
+    assert CLOCK.at(sigma).step == step
 
 
 @pytest.mark.parametrize(
@@ -28,14 +33,13 @@ def test_step_is_the_interval_that_holds_sigma(sigma: float, step: int):
 )
 def test_window_in_steps_holds_start_and_not_end(start: int, end: int, acts: list[int]):
     window = Window(start, end, "step")
-    assert [k for k, sigma in enumerate(SIGMAS[:-1]) if window.contains(sigma, SIGMAS, percent_to_sigma)] == acts
+    assert [k for k, sigma in enumerate(SIGMAS[:-1]) if window.contains(CLOCK.at(sigma))] == acts
 
 
 def test_window_in_percent_holds_both_ends():
     window = Window(0.2, 0.7)
-    acts = [
-        sigma for sigma in (8.1, 8.0, 5.0, percent_to_sigma(0.7), 2.9) if window.contains(sigma, None, percent_to_sigma)
-    ]
+    clock = Clock(percent_to_sigma)
+    acts = [sigma for sigma in (8.1, 8.0, 5.0, percent_to_sigma(0.7), 2.9) if window.contains(clock.at(sigma))]
     assert acts == [8.0, 5.0, percent_to_sigma(0.7)]
 
 
@@ -48,16 +52,18 @@ def test_window_in_percent_holds_both_ends():
         (-1.0, 2.0, "step", "whole numbers"),
         (0.0, -2.0, "step", "whole numbers"),
         (0.0, 1.0, "sigma", "percent, step"),
+        (0.8, 0.2, "percent", "ends after it starts, found 0.8 to 0.2: exchange start and end"),
+        (3.0, 1.0, "step", "ends after it starts, found 3 to 1"),
     ],
 )
 def test_a_window_that_cannot_be_meant_is_refused(start: float, end: float, unit: str, says: str):
-    with pytest.raises(StrengthError, match=says):
+    with pytest.raises(WindowError, match=says):
         Window(start, end, unit)  # type: ignore[arg-type]
 
 
 def test_steps_need_the_samplers_sigmas():
-    with pytest.raises(StrengthError, match="use unit percent"):
-        Window(0, 2, "step").contains(1.0, None, percent_to_sigma)
+    with pytest.raises(ClockError, match="use unit percent"):
+        Window(0, 2, "step").contains(Clock(percent_to_sigma).at(1.0))
 
 
 def residuals() -> Residuals:
@@ -69,9 +75,9 @@ def residuals() -> Residuals:
 def dosed(
     strength: Strength, given: Residuals | None = None, height: int = 16, mask: torch.Tensor | None = None
 ) -> Residuals:
-    """`given` (the ones of `residuals`) with the dose that `strength` is at its full value."""
+    """`given` (the ones of `residuals`) scaled by `strength` at its full value."""
     chosen = residuals() if given is None else given
-    return strength.dose(strength.value, len(chosen) - 1, height, mask).apply(chosen)
+    return strength.scales(strength.value, len(chosen) - 1, height, mask).apply(chosen)
 
 
 def test_value_multiplies_every_residual_and_the_argument_stays():
@@ -110,7 +116,7 @@ def test_block_weights_multiply_and_zero_adds_nothing():
 
 
 def test_soft_block_weights_are_the_guess_mode_of_the_paper():
-    weights = Strength(2.0, guidance="cond_only", block_weights=BlockWeights("soft")).dose(2.0, 12, 64).weights
+    weights = Strength(2.0, guidance="cond_only", block_weights=BlockWeights("soft")).scales(2.0, 12, 64).weights
     assert weights == pytest.approx([2 * 0.825 ** (12 - i) for i in range(13)])
 
 
@@ -128,13 +134,13 @@ def test_the_encoders_residuals_have_the_weight_of_their_block():
 
 def test_now_is_the_value_inside_the_window_and_nothing_outside():
     strength = Strength(0.7, Window(1, 3, "step"))
-    assert [strength.now(sigma, SIGMAS, percent_to_sigma) for sigma in SIGMAS[:-1]] == [0.0, 0.7, 0.7, 0.0]
+    assert [strength.at(CLOCK.at(sigma)) for sigma in SIGMAS[:-1]] == [0.0, 0.7, 0.7, 0.0]
 
 
 def test_a_schedule_multiplies_the_value_over_the_window():
     schedule = Schedule((Keyframe(0, 1), Keyframe(1, 0.5)))
     strength = Strength(2.0, Window(0, -1, "step"), schedule=schedule)
-    values = [strength.now(sigma, SIGMAS, percent_to_sigma) for sigma in SIGMAS[:-1]]
+    values = [strength.at(CLOCK.at(sigma)) for sigma in SIGMAS[:-1]]
     assert values == pytest.approx([2.0, 2 - 1 / 3, 2 - 2 / 3, 1.0])
 
 
