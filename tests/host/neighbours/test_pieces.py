@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hosting import Host
 
 
+PROPERTY = ("lite", "controlnet", "foreign", "adapter", "lora")
+SEEDS = 12
+
+
 @dataclass(frozen=True)
 class Asked:
     """One call of `get_control`: latents (B,4,h,w), the number of each part of the batch, and what else is told."""
@@ -29,6 +33,7 @@ class Asked:
     contexts: Tensor | None = None
 
 
+@torch.inference_mode()
 def residuals(host: Host, control: Any, asked: Asked, begin: bool = True) -> list[Tensor]:
     """What the control gives for this call of the tiny SDXL model, where the latents have sigma 5."""
     model = host.model("sdxl").model
@@ -89,8 +94,8 @@ def drawn(seed: int) -> Drawn:
     )
 
 
-@pytest.mark.parametrize("kind", ["lite", "controlnet", "foreign", "adapter", "lora"])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", PROPERTY)
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_any_call_is_its_samples_one_by_one(host: Host, kind: str, seed: int):
     case = drawn(1000 * len(kind) + seed)
     height, width = (8 * n for n in case.size)
@@ -161,7 +166,7 @@ def begin(host: Host, control: Any) -> None:
 
 def test_the_cases_differ():
     """Some of everything is drawn."""
-    cases = [drawn(1000 * len(kind) + seed) for kind in ("lite", "lora") for seed in range(12)]
+    cases = [drawn(1000 * len(kind) + seed) for kind in PROPERTY for seed in range(SEEDS)]
     for kind in (
         lambda case: case.window and case.boxes,
         lambda case: case.window and not case.boxes,
@@ -169,4 +174,4 @@ def test_the_cases_differ():
         lambda case: case.masks > 1 and case.boxes,
         lambda case: case.cond_only and len(case.numbers) > 1,
     ):
-        assert any(kind(case) for case in cases)
+        assert sum(1 for case in cases if kind(case)) >= 3
