@@ -1,4 +1,4 @@
-"""Hints that were made already: a node runs again when any of its widgets changes, its annotator need not."""
+"""What annotators saw already: a node runs again when any of its widgets changes, its annotator need not."""
 
 from __future__ import annotations
 
@@ -6,65 +6,125 @@ import hashlib
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import Annotator
-from .pipeline import annotate
+from .pipeline import Seen, see
 
-Made = tuple[np.ndarray, "dict[str, Any] | None"]
+
+@dataclass
+class _Kept:
+    """One picture's answer, packed, and the run that used it last."""
+
+    packed: np.ndarray
+    channels: int
+    found: dict[str, Any] | None
+    run: object
 
 
 class HintCache:
-    """The hints made last, up to `capacity` bytes of them."""
+    """What was seen last, up to `capacity` bytes of it: in 8 bits and one channel where that loses nothing."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._kept: dict[bytes, Made] = {}
+        self._kept: dict[bytes, _Kept] = {}
+        self._size = 0
 
-    def annotate(
+    def see(
         self,
         annotator: Annotator,
-        image: np.ndarray,
+        images: Sequence[np.ndarray] | np.ndarray,
         resolution: int = 0,
         *,
         networks: Sequence[Any] | Callable[[], Sequence[Any]] = (),
-        mask: np.ndarray | None = None,
-        frame: Mapping[str, Any] | None = None,
+        masks: Sequence[np.ndarray | None] | None = None,
+        frames: Sequence[Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
-    ) -> Made:
-        """What `pipeline.annotate` gives for this, a fresh copy.
+        run: object = None,
+    ) -> list[Seen]:
+        """What `pipeline.see` gives for these pictures, fresh copies; only what is not kept is made.
 
-        A mask, a frame or a parameter that the annotator does not read makes no difference. Errors are not kept.
+        A mask, a frame or a parameter that the function does not read makes no difference. Errors are not kept. Calls
+        of one `run` never push out what that run has used: of a sequence longer than the cache, the first part stays,
+        and is there when the sequence comes again.
         """
-        mask, frame = (mask if annotator.reads_mask else None), (frame if annotator.reads_pose else None)
-        key = _key(annotator, image, resolution, mask, frame, parameters)
-        made = self._kept.pop(key, None)
-        if made is None:
-            made = annotate(
-                annotator, image, resolution, networks=networks, mask=mask, frame=frame, parameters=parameters
+        run = object() if run is None else run
+        masks = masks if masks and annotator.reads_mask else [None] * len(images)
+        frames = frames if frames and annotator.reads_pose else [None] * len(images)
+        given = annotator.own(annotator.function, parameters or {})
+        keys = [
+            _key(annotator.name, resolution, given, image, mask, frame)
+            for image, mask, frame in zip(images, masks, frames, strict=True)
+        ]
+        missing = [i for i, key in enumerate(keys) if key not in self._kept]
+        made: dict[int, Seen] = {}
+        if missing:
+            new = see(
+                annotator,
+                [images[i] for i in missing],
+                resolution,
+                networks=networks,
+                masks=[masks[i] for i in missing],
+                frames=[frames[i] for i in missing],
+                parameters=parameters,
             )
-        self._kept[key] = made  # the one used last comes last
-        while sum(hint.nbytes for hint, _ in self._kept.values()) > self._capacity:
-            del self._kept[next(iter(self._kept))]
-        hint, found = made
-        return hint.copy(), deepcopy(found)
+            made = dict(zip(missing, new))
+        for i, (seen, found) in made.items():
+            self._keep(keys[i], _Kept(*_packed(seen), deepcopy(found), run))
+        return [made[i] if i in made else self._again(key, run) for i, key in enumerate(keys)]
+
+    def _again(self, key: bytes, run: object) -> Seen:
+        kept = self._kept.pop(key)
+        kept.run = run
+        self._kept[key] = kept  # the one used last comes last
+        return _unpacked(kept.packed, kept.channels), deepcopy(kept.found)
+
+    def _keep(self, key: bytes, new: _Kept) -> None:
+        """Keeps `new` if it fits beside what its own run has used; what others used longest ago makes room."""
+        others = iter([key for key, kept in self._kept.items() if kept.run is not new.run])
+        while self._size + new.packed.nbytes > self._capacity and (oldest := next(others, None)) is not None:
+            self._size -= self._kept.pop(oldest).packed.nbytes
+        if self._size + new.packed.nbytes <= self._capacity:
+            self._kept[key] = new
+            self._size += new.packed.nbytes
+
+
+def _packed(seen: np.ndarray) -> tuple[np.ndarray, int]:
+    """The array (H,W) or (H,W,C) in as few bytes as give it back bit by bit, and C (0 where there is none)."""
+    channels = seen.shape[2] if seen.ndim == 3 else 0
+    if channels and (seen == seen[:, :, :1]).all():
+        seen = seen[:, :, 0]
+    if 0 <= seen.min() and seen.max() <= 1:
+        levels = np.rint(seen * 255).astype(np.uint8)
+        if (_floats(levels) == seen).all():
+            return levels, channels
+    return seen.copy(), channels
+
+
+def _unpacked(packed: np.ndarray, channels: int) -> np.ndarray:
+    seen = _floats(packed) if packed.dtype == np.uint8 else packed.copy()
+    return np.repeat(seen[:, :, None], channels, axis=2) if channels and seen.ndim == 2 else seen
+
+
+def _floats(levels: np.ndarray) -> np.ndarray:
+    """As annotators make floats of 8 bits."""
+    return levels.astype(np.float32) / 255
 
 
 def _key(
-    annotator: Annotator,
-    image: np.ndarray,
+    name: str,
     resolution: int,
+    given: Mapping[str, Any],
+    image: np.ndarray,
     mask: np.ndarray | None,
     frame: Mapping[str, Any] | None,
-    parameters: Mapping[str, Any] | None,
 ) -> bytes:
-    """A digest of all that the hint is made of."""
-    given = {parameter.name: parameter.default for parameter in annotator.parameters} | dict(parameters or {})
+    """A digest of all that is seen."""
     digest = hashlib.blake2b(digest_size=32)
-    text = [annotator.name, annotator.function, resolution, given, frame]
-    digest.update(pickle.dumps(text))
+    digest.update(pickle.dumps([name, resolution, dict(given), frame]))
     for array in (image, mask):
         if array is not None:
             digest.update(f"{array.dtype} {array.shape}".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import Annotator, Parameter
 from .images import AnnotatorError, to_bytes
 
 
@@ -47,3 +48,20 @@ def _kornia_canny(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
         lower, upper = (min(max(value / 255, 1e-6), 1 - 1e-6) for value in sorted((low, high)))
         edges = kornia_canny(picture, lower, upper)[1]
     return edges[0, 0].cpu().numpy()
+
+
+RECORDS = (
+    Annotator(
+        "canny",
+        canny,
+        (
+            Parameter("low", "A gradient below this is no edge.", 0.0, 255.0, 1.0),
+            Parameter("high", "A gradient above this always is an edge.", 0.0, 255.0, 1.0),
+            Parameter(
+                "backend",
+                "cv2 is what published Canny controls were trained on; kornia runs on the GPU and finds fewer edges.",
+                choices=("cv2", "kornia"),
+            ),
+        ),
+    ),
+)

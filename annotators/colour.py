@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import Annotator, Parameter
+
 PALETTE_CELL = 64
 SHUFFLE_CELL = 256
 
@@ -94,3 +96,33 @@ def _smooth_noise(height: int, width: int, generator: np.random.Generator) -> np
     noise = noise - noise.min()
     # A single pixel has no range; any place in it is the right one.
     return noise / max(float(noise.max()), 1e-12)
+
+
+RECORDS = (
+    Annotator(
+        "tile",
+        tile,
+        (Parameter("halvings", "How many times the picture is halved before it is enlarged again.", 1, 6, 1),),
+    ),
+    Annotator(
+        "blur",
+        blur,
+        (Parameter("sigma", "Radius of the Gaussian, in pixels.", 0.1, 64.0, 0.1),),
+    ),
+    Annotator(
+        "luminance",
+        luminance,
+        (Parameter("gamma", "Above 1 darkens the middle greys, below 1 brightens them.", 0.1, 2.0),),
+    ),
+    Annotator(
+        "intensity",
+        intensity,
+        (Parameter("gamma", "Above 1 darkens the middle greys, below 1 brightens them.", 0.1, 2.0),),
+    ),
+    Annotator("color", color),
+    Annotator(
+        "shuffle",
+        shuffle,
+        (Parameter("seed", "Another number pushes the picture about in another way.", 0, 2147483647, 1),),
+    ),
+)

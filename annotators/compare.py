@@ -10,7 +10,7 @@ import numpy as np
 
 from . import measure, overlay
 from .images import AnnotatorError
-from .keypoints import read_frame
+from .keypoints import read_frame, with_canvas
 
 TOLERANCE = 2
 """Pixels that an edge may be off."""
@@ -68,6 +68,7 @@ def compare_people(picture: np.ndarray, found: Sequence[np.ndarray], wanted: Seq
 
 def read_bodies(frame: Mapping[str, Any], height: int, width: int) -> list[np.ndarray]:
     """The bodies (18,3) of a POSE_KEYPOINT frame, in pixels of a picture (height, width)."""
+    frame = with_canvas(frame, height, width)
     return [person.body for person in read_frame(frame, height, width) if person.body is not None]
 
 

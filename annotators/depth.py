@@ -1,183 +1,93 @@
-"""Depth, near is white: MiDaS (DPT), Depth Anything V2 and ZoeDepth; and normals from MiDaS depth."""
+"""Depth, near is white, by MiDaS (DPT), Depth Anything V2 and ZoeDepth."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor, nn
 
-from . import pretrained
-from .images import AnnotatorError, to_picture
-from .normals import normals_of_depth
+from . import Annotator, Parameter
+from .images import grey
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from transformers import DepthAnythingForDepthEstimation, DPTForDepthEstimation, ZoeDepthForDepthEstimation
 
-MOST_PIXELS = 1024 * 1024
-"""Larger pictures are looked at reduced: attention needs memory by the square of the pixels."""
-DPT_MULTIPLE, DPT_PATCH = 32, 16
-ANYTHING_SHORT_SIDE, ANYTHING_MULTIPLE = 518, 14
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ZOE_HEIGHT, ZOE_WIDTH, ZOE_MULTIPLE = 384, 512, 32
 ZOE_PERCENTILES = (2, 85)
 
 
-def build_dpt(config: Path, weights: Path) -> nn.Module:
-    """A DPT depth network (Intel/dpt-large, Intel/dpt-hybrid-midas) of its files."""
-    from transformers import DPTConfig, DPTForDepthEstimation
-
-    return pretrained.build(DPTForDepthEstimation, DPTConfig, config, weights)
-
-
-def build_depth_anything(config: Path, weights: Path) -> nn.Module:
-    """A Depth Anything network (depth-anything/Depth-Anything-V2-Small-hf) of its files."""
-    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
-
-    return pretrained.build(DepthAnythingForDepthEstimation, DepthAnythingConfig, config, weights)
-
-
-def build_zoe(config: Path, weights: Path) -> nn.Module:
-    """A ZoeDepth network (Intel/zoedepth-nyu-kitti) of its files."""
-    from transformers import ZoeDepthConfig, ZoeDepthForDepthEstimation
-
-    return pretrained.build(ZoeDepthForDepthEstimation, ZoeDepthConfig, config, weights)
-
-
 def depth_midas(network: DPTForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """MiDaS depth (H,W,3) float32, stretched to 0..1, of a picture (H,W,3) (lllyasviel/ControlNet annotator/midas)."""
-    return _hint(stretched(midas(network, image)))
+    """MiDaS inverse depth (B,H,W) float32, larger is nearer, of pictures (B,H,W,3), or of one."""
+    from .networks.depth import midas
 
-
-def normal_midas(
-    network: DPTForDepthEstimation,
-    image: np.ndarray,
-    background: float = 0.1,
-    strength: float = 6.28,
-    front: str = "red",
-) -> np.ndarray:
-    """The paper's extended normals (H,W,3) float32 0..1: Sobel slopes of the MiDaS depth, in its own units.
-
-    The parameters are those of `normals.normals_of_depth`; their defaults are comfyui_controlnet_aux's, and the colours
-    those that lllyasviel/ControlNet gradio_normal2image.py hands to the ControlNet.
-    """
-    return normals_of_depth(midas(network, image), background, strength, front)
+    return midas(network, image)
 
 
 def depth_anything(network: DepthAnythingForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """Depth Anything's depth (H,W,3) float32, stretched to 0..1, of a picture (H,W,3).
+    """Depth Anything's inverse depth (B,H,W) float32, larger is nearer, of pictures (B,H,W,3), or of one."""
+    from .networks.depth import anything
 
-    The network looks with a short side of 518 pixels (DepthAnything/Depth-Anything-V2 depth_anything_v2/dpt.py).
-    """
-    picture = to_picture(image)
-    height, width = picture.shape[:2]
-    size = _looked_at(height, width, ANYTHING_MULTIPLE, ANYTHING_SHORT_SIDE / min(height, width))
-    with torch.inference_mode():
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        looked = _placed((_tensor(_resized(picture, size)) - mean) / std, network)
-        depth = network(pixel_values=looked).predicted_depth.float()
-        depth = nn.functional.interpolate(depth[:, None], (height, width), mode="bilinear", align_corners=True)
-    return _hint(stretched(_whole(depth[0, 0])))
+    return anything(network, image)
 
 
 def depth_zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """ZoeDepth's metric depth as a hint (H,W,3) float32, from the 2nd percentile (white) to the 85th (black).
+    """ZoeDepth's depth in metres (H,W) float32 of a picture (H,W,3)."""
+    from .networks.depth import zoe
 
-    As in lllyasviel/ControlNet-v1-1-nightly annotator/zoe: farther than the 85th percentile is black, too.
+    return zoe(network, image)
+
+
+def stretched_hints(depths: Iterable[np.ndarray], range: str = "picture") -> Iterator[np.ndarray]:
+    """Hints (H,W,3) float32 of inverse depths (H,W): from the farthest, black, to the nearest, white.
+
+    Of each by itself (lllyasviel/ControlNet annotator/midas), or with `range` batch of all, so that what does not move
+    in a video keeps its grey.
     """
-    depth = zoe(network, image)
-    near, far = (float(number) for number in np.percentile(depth, ZOE_PERCENTILES))
-    if far <= near:
-        return np.zeros((*depth.shape, 3), np.float32)
-    return _hint((1 - (depth - near) / (far - near)).clip(0, 1))
+    bounds = None
+    if range == "batch":
+        depths = list(depths)
+        bounds = min(float(one.min()) for one in depths), max(float(one.max()) for one in depths)
+    for depth in depths:
+        yield grey(stretched(depth, *(bounds or (float(depth.min()), float(depth.max())))))
 
 
-def midas(network: DPTForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """MiDaS inverse depth (H,W) float32, larger is nearer, of a picture (H,W,3).
+def metric_hints(depths: Iterable[np.ndarray], range: str = "picture") -> Iterator[np.ndarray]:
+    """Hints (H,W,3) float32 of depths (H,W) in metres: from the 2nd percentile, white, to the 85th, black.
 
-    The network looks at the picture as it is, as in the published preprocessor; transformers' own way squeezes it to
-    384x384, and agrees where it has that size.
+    As in lllyasviel/ControlNet-v1-1-nightly annotator/zoe: farther than the 85th percentile is black, too. The
+    percentiles are those of each picture, or with `range` batch those of all.
     """
-    picture = to_picture(image)
-    height, width = picture.shape[:2]
-    size = _looked_at(height, width, DPT_MULTIPLE, 1.0)
-    config: Any = network.config
-    if config.is_hybrid:
-        # The embedding fits its positions to any size, but first asks whether the size is this one.
-        embeddings: Any = network.dpt.embeddings
-        embeddings.image_size = size
-    with torch.inference_mode():
-        looked = _placed(_tensor(_resized(picture, size)) * 2 - 1, network)
-        seen: Any = network.dpt(looked, output_hidden_states=True)
-        blocks = [seen.hidden_states[index + 1] for index in config.backbone_out_indices]
-        if config.is_hybrid:
-            blocks = [*seen.intermediate_activations, *blocks[2:]]
-        depth = network.head(network.neck(blocks, size[0] // DPT_PATCH, size[1] // DPT_PATCH))
-    return _resized(_whole(depth[0]), (height, width))
+    bounds = None
+    if range == "batch":
+        depths = list(depths)
+        bounds = np.percentile(np.concatenate([one.ravel() for one in depths]), ZOE_PERCENTILES)
+    for depth in depths:
+        near, far = (float(number) for number in (np.percentile(depth, ZOE_PERCENTILES) if bounds is None else bounds))
+        yield grey(1 - stretched(depth, near, far) if far > near else np.zeros_like(depth))
 
 
-def zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndarray:
-    """Depth in metres (H,W) float32 of a picture (H,W,3): the mean of the picture's and its mirror image's.
-
-    The picture is continued by reflection at its borders while the network looks, about 384x512 pixels large (isl-org/
-    ZoeDepth depth_model.py; transformers, ZoeDepthImageProcessor).
-    """
-    picture = to_picture(image)
-    height, width = picture.shape[:2]
-    top, left = (int(math.sqrt(side / 2) * 3) for side in (height, width))
-    picture = np.pad(picture, ((top, top), (left, left), (0, 0)), mode="reflect")
-    padded = (height + 2 * top, width + 2 * left)
-    scales = (ZOE_HEIGHT / padded[0], ZOE_WIDTH / padded[1])
-    size = _looked_at(*padded, ZOE_MULTIPLE, min(scales, key=lambda scale: abs(1 - scale)))
-    with torch.inference_mode():
-        looked = nn.functional.interpolate(_tensor(picture), size, mode="bilinear", align_corners=True) * 2 - 1
-        looked = _placed(looked, network)
-        # Not both in one batch: the network would decide once for the two whether they are indoors or outdoors.
-        mirrored = network(pixel_values=looked.flip(3)).predicted_depth.flip(2)
-        depth = (network(pixel_values=looked).predicted_depth.float() + mirrored.float()) / 2
-        depth = nn.functional.interpolate(depth[:, None], padded, mode="bicubic", align_corners=False)
-    return _whole(depth[0, 0, top : top + height, left : left + width])
+def stretched(depth: np.ndarray, least: float, greatest: float) -> np.ndarray:
+    """The depth with `least` at 0 and `greatest` at 1, cut to 0..1; where they are the same, 0 everywhere."""
+    return ((depth - least) / (greatest - least)).clip(0, 1) if greatest > least else np.zeros_like(depth)
 
 
-def stretched(depth: np.ndarray) -> np.ndarray:
-    """The depth with its least number at 0 and its greatest at 1; a flat one is 0 everywhere."""
-    least, greatest = float(depth.min()), float(depth.max())
-    return (depth - least) / (greatest - least) if greatest > least else np.zeros_like(depth)
+_RANGE = Parameter(
+    "range",
+    "Where black and white are: at the bounds of each picture, or of all of a batch, so that a video does not flicker.",
+    choices=("picture", "batch"),
+)
 
-
-def _looked_at(height: int, width: int, multiple: int, scale: float) -> tuple[int, int]:
-    """The sides, multiples of `multiple`, at which a network looks at a picture that it wants scaled."""
-    scale = min(scale, math.sqrt(MOST_PIXELS / (height * width)))
-    tall, wide = (max(1, round(side * scale / multiple)) * multiple for side in (height, width))
-    return tall, wide
-
-
-def _resized(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if array.shape[:2] == size:
-        return array
-    import cv2
-
-    return np.asarray(cv2.resize(array, size[::-1], interpolation=cv2.INTER_CUBIC))
-
-
-def _tensor(picture: np.ndarray) -> Tensor:
-    return rearrange(torch.from_numpy(picture), "h w c -> 1 c h w")
-
-
-def _placed(tensor: Tensor, network: nn.Module) -> Tensor:
-    weight = next(network.parameters())
-    return tensor.to(weight.device, weight.dtype)
-
-
-def _whole(depth: Tensor) -> np.ndarray:
-    if not depth.isfinite().all():
-        raise AnnotatorError("the network answered with numbers that are not finite: run it in fp32, or fetch it again")
-    return depth.float().cpu().numpy()
-
-
-def _hint(depth: np.ndarray) -> np.ndarray:
-    return np.repeat(depth[:, :, None].astype(np.float32), 3, axis=2)
+RECORDS = (
+    Annotator("depth_large", depth_midas, (_RANGE,), networks=("dpt_large",), batched=True, draw=stretched_hints),
+    Annotator("depth_small", depth_midas, (_RANGE,), networks=("dpt_hybrid",), batched=True, draw=stretched_hints),
+    Annotator(
+        "depth_anything",
+        depth_anything,
+        (_RANGE,),
+        networks=("depth_anything_v2_small",),
+        batched=True,
+        draw=stretched_hints,
+    ),
+    Annotator("depth_zoe", depth_zoe, (_RANGE,), networks=("zoedepth",), draw=metric_hints),
+)

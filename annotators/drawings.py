@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import Annotator, Parameter
 from .images import to_bytes
 
 FLATTENING_PASSES = 3
@@ -91,3 +92,35 @@ def threshold(image: np.ndarray, level: int = 100) -> np.ndarray:
 def _white_where(marked: np.ndarray) -> np.ndarray:
     """(H,W) bool as (H,W,3) float32."""
     return np.repeat(marked[:, :, None].astype(np.float32), 3, axis=2)
+
+
+RECORDS = (
+    Annotator("scribble", scribble),
+    Annotator(
+        "scribble_xdog",
+        scribble_xdog,
+        (Parameter("threshold", "Lower draws more strokes.", 1, 64, 1),),
+    ),
+    Annotator(
+        "lineart_standard",
+        lineart_standard,
+        (
+            Parameter("sigma", "How far around a pixel is looked, in pixels: higher is softer.", 0.1, 100.0, 0.1),
+            Parameter("threshold", "Differences up to this do not count when brightness is set.", 0, 16, 1),
+        ),
+    ),
+    Annotator(
+        "cartoon_lines",
+        cartoon_lines,
+        (
+            Parameter("width", "Half a line's width, in pixels.", 0.5, 10.0, 0.1),
+            Parameter("smoothing", "Colours that differ by less become one. Higher drops more detail.", 0.01, 1.0),
+            Parameter("threshold", "How much darker than its surroundings a line is.", 0.0, 0.5),
+        ),
+    ),
+    Annotator(
+        "threshold",
+        threshold,
+        (Parameter("level", "Grey levels above this become white; 0 chooses the level by itself.", 0, 255, 1),),
+    ),
+)

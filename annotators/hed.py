@@ -1,19 +1,16 @@
-"""Soft edges by HED, and the scribbles that are made of them.
-
-The network is lllyasviel's retraining of Xie and Tu's "Holistically-Nested Edge Detection" (ControlNetHED.pth, which
-reads RGB): VGG's five blocks, each with a map of edges of its own, and the mean of the five maps.
-"""
+"""Soft edges by HED, and the scribbles that are made of them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from . import learned
+from . import Annotator, Parameter
+from .images import PADDED, grey
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SAFE_STEPS = 2
 """Safe edges have this many levels above black, so that no texture can hide in them."""
@@ -30,74 +27,56 @@ SCRIBBLE_REACH = 4
 """A smoothed line is part of the scribble where it is above this, of 255: a pen about 13 pixels wide."""
 
 
-class Block(nn.Module):
-    """3x3 convolutions with ReLU, and the edges that they see: (B,C,H,W) to (B,width,H,W) and logits (B,1,H,W)."""
-
-    def __init__(self, channels: int, width: int, depth: int) -> None:
-        super().__init__()
-        self.convs = nn.Sequential(*(nn.Conv2d(width if i else channels, width, 3, padding=1) for i in range(depth)))
-        self.projection = nn.Conv2d(width, 1, 1)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        for conv in self.convs:
-            features = F.relu(conv(features), inplace=True)
-        return features, self.projection(features)
-
-
-class HED(nn.Module):
-    """Edge logits (B,1,H/s,W/s), s = 1, 2, 4, 8, 16, of RGB (B,3,H,W) in 0..255; keys as in ControlNetHED.pth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.Parameter(torch.zeros(1, 3, 1, 1))
-        self.block1 = Block(3, 64, 2)
-        self.block2 = Block(64, 128, 2)
-        self.block3 = Block(128, 256, 3)
-        self.block4 = Block(256, 512, 3)
-        self.block5 = Block(512, 512, 3)
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        features, logits = self.block1(image - self.norm)
-        maps = [logits]
-        for block in (self.block2, self.block3, self.block4, self.block5):
-            features, logits = block(F.max_pool2d(features, 2))
-            maps.append(logits)
-        return maps
-
-
-def build(path: Path) -> nn.Module:
-    """HED with the weights of ControlNetHED.pth. Raises AnnotatorError for another file."""
-    return learned.build(HED, path)
-
-
-@torch.inference_mode()
 def hed(network: nn.Module, image: np.ndarray, safe: bool = True) -> np.ndarray:
-    """Soft edges, white on black, (H,W,3) float32 0..1, of an RGB image (H,W,3) whose sides are multiples of 64.
+    """Soft edges, white on black, (B,H,W,3) float32 0..1, of RGB images (B,H,W,3), or of one, with sides of 64 n.
 
     `safe` rounds them down to black, grey and white. Source: lllyasviel/ControlNet-v1-1-nightly, annotator/hed and
     annotator/util.py (safe_step). Raises AnnotatorError for other sizes.
     """
-    pixels = learned.to_tensor(image, network) * 255
-    size = pixels.shape[-2:]
-    maps = [F.interpolate(logits, size, mode="bilinear", align_corners=False) for logits in network(pixels)]
-    edges = torch.stack(maps).mean(0).float().sigmoid()
+    from .networks.hed import edges
+
+    seen = edges(network, image)
     if safe:
-        edges = ((edges * (SAFE_STEPS + 1)).floor() / SAFE_STEPS).clamp(max=1)
-    return learned.to_hint(edges)
+        seen = (np.floor(seen * (SAFE_STEPS + 1)) / SAFE_STEPS).clip(max=1)
+    return grey(seen)
 
 
 def scribble_hed(network: nn.Module, image: np.ndarray, safe: bool = True, threshold: float = 127.0) -> np.ndarray:
-    """White strokes of a thick pen on black, (H,W,3) float32 0..1, along the soft edges of an RGB image (H,W,3).
+    """White strokes of a thick pen on black, (B,H,W,3) float32 0..1, along the soft edges that `hed` finds.
 
     Edges are smoothed, thinned to their ridges and kept where above `threshold` (0..255), then drawn anew. Source:
     lllyasviel/ControlNet-v1-1-nightly, gradio_scribble.py and annotator/util.py (nms). Raises as `hed`.
     """
+    soft = hed(network, image, safe)
+    return np.stack([_strokes(one, threshold) for one in soft]) if soft.ndim == 4 else _strokes(soft, threshold)
+
+
+def _strokes(soft: np.ndarray, threshold: float) -> np.ndarray:
+    """The scribble (H,W,3) of soft edges (H,W,3)."""
     import cv2
 
     # In bytes, as published: which pixels are ridges hangs on the rounding.
-    edges = (hed(network, image, safe)[:, :, 0] * 255).astype(np.uint8)
+    edges = (soft[:, :, 0] * 255).astype(np.uint8)
     smooth = cv2.GaussianBlur(edges.astype(np.float32), (0, 0), SCRIBBLE_SIGMA)
     ridge = np.any([cv2.dilate(smooth, np.array(line, np.uint8)) == smooth for line in LINES], axis=0)
     lines = np.where(ridge & (smooth > threshold), 255, 0).astype(np.uint8)
     strokes = cv2.GaussianBlur(lines, (0, 0), SCRIBBLE_SIGMA) > SCRIBBLE_REACH
-    return np.repeat(strokes[:, :, None].astype(np.float32), 3, axis=2)
+    return grey(strokes)
+
+
+_SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint texture comes through.")
+
+
+_SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint texture comes through.")
+
+RECORDS = (
+    Annotator("hed", hed, (_SAFE,), networks=("hed",), multiple=PADDED, batched=True),
+    Annotator(
+        "scribble_hed",
+        scribble_hed,
+        (_SAFE, Parameter("threshold", "Only soft edges brighter than this get a stroke.", 0.0, 255.0, 1.0)),
+        networks=("hed",),
+        multiple=PADDED,
+        batched=True,
+    ),
+)

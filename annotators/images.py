@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+PADDED = 64
+"""Convolutional networks see pictures whose sides are multiples of this, as the published preprocessors show them."""
+
 
 class AnnotatorError(ValueError):
     """An annotator was given something that it cannot read."""
@@ -53,10 +56,18 @@ def to_picture(image: np.ndarray) -> np.ndarray:
     return np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else np.ascontiguousarray(picture)
 
 
-def pad_to_multiple(image: np.ndarray, multiple: int = 64) -> np.ndarray:
-    """The picture (H,W,C) with its last row and column repeated until both sides are multiples of `multiple`."""
+def grey(values: np.ndarray) -> np.ndarray:
+    """A map (...,H,W) of numbers as a hint (...,H,W,3) float32 whose three channels are the same."""
+    return np.repeat(values[..., None].astype(np.float32, copy=False), 3, axis=-1)
+
+
+def pad_to_multiple(image: np.ndarray, multiple: int = PADDED) -> np.ndarray:
+    """The picture (H,W,C), continued to the right and below until both sides are multiples of `multiple`.
+
+    By reflection: a last row that is repeated looks like lines to a network, and to its neighbourhood like an edge.
+    """
     height, width = image.shape[:2]
-    return np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="edge")
+    return np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
 
 
 def resize_short_side(image: np.ndarray, resolution: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import Annotator, Parameter
 from .images import AnnotatorError
 
 
@@ -26,3 +27,21 @@ def inpaint(image: np.ndarray, mask: np.ndarray, masked_value: float = -1.0) -> 
         raise AnnotatorError(f"image is {image.dtype}; give float in 0..1 or uint8 in 0..255")
     hint[mask > 0.5] = masked_value
     return hint
+
+
+RECORDS = (
+    Annotator(
+        "inpaint",
+        inpaint,
+        (
+            Parameter(
+                "masked_value",
+                "What the hint has where the mask is white: -1 for SD1.5's inpaint ControlNet, 0 for those of SDXL.",
+                -1.0,
+                1.0,
+                0.5,
+            ),
+        ),
+        reads_mask=True,
+    ),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,15 @@ COCO_JOINTS = (
 """The 17 joints of the COCO data set, which most pose networks find; there is no neck."""
 BODY_25_OF_OPENPOSE = (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18)
 """Which of BODY_25's joints are OpenPose's 18 (CMU openpose, doc/02_output.md): all but the middle hip and the feet."""
+WHOLE_BODIES = {133: 17, 134: 18}
+"""Points of a whole body, and those of them that are the body: COCO-WholeBody's, and DWPose's, which has a neck.
+
+The others are 6 of the feet, 68 of the face, 21 of the left hand and 21 of the right.
+"""
+CONFIDENT = 0.3
+"""A joint of less confidence is not there: networks say a place for every joint, seen or not."""
+LARGEST_SHARE = 2.0
+"""Coordinates are shares of the canvas when their median is no more than this: as pixels they would be a dot."""
 FARTHEST = 100.0
 """How many canvas sizes off the canvas a joint may lie: farther ones are a mistake of whoever made them."""
 
@@ -62,33 +72,67 @@ def openpose_to_coco(joints: np.ndarray) -> np.ndarray:
     return np.asarray(joints, np.float32)[[OPENPOSE_JOINTS.index(name) for name in COCO_JOINTS]]
 
 
-def read_frame(frame: Mapping[str, Any], height: int, width: int) -> list[Person]:
+def read_frames(given: Any) -> list[Any] | None:
+    """The POSE_KEYPOINT frames of what packs and files have: one frame, a list of them, or the JSON text of either.
+
+    `None` is none at all. What a frame holds is `read_frame`'s to judge. Raises AnnotatorError for text without JSON.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise AnnotatorError(
+                f"pose_keypoints is text and no JSON ({error}): connect keypoints, or a file"
+            ) from error
+    if given is None or isinstance(given, Mapping):
+        return None if given is None else [given]
+    if not isinstance(given, (list, tuple)):
+        raise AnnotatorError(f"pose_keypoints is {type(given).__name__}; expected frames, or their JSON text")
+    return [frame for one in given for frame in (read_frames(one) or () if isinstance(one, str) else (one,))]
+
+
+def with_canvas(frame: Any, height: int, width: int) -> Any:
+    """The frame, on a canvas of (height, width) pixels where it names none, as CMU's own files name none.
+
+    Raises AnnotatorError where most joints lie beyond it: they were found in another picture.
+    """
+    if not isinstance(frame, Mapping) or set(frame) & {"canvas_width", "canvas_height"} or "people" not in frame:
+        return frame
+    frame = {**frame, "canvas_width": width, "canvas_height": height}
+    places = _places(read_frame(frame, height, width))
+    if len(places) and (np.median(places, axis=0) > (width, height)).any():
+        raise AnnotatorError(
+            f"pose_keypoints names no canvas, and most joints lie beyond the picture of {width}x{height}: connect the "
+            "picture that they were found in, or write canvas_width and canvas_height into the file"
+        )
+    return frame
+
+
+def read_frame(frame: Mapping[str, Any], height: int, width: int, threshold: float = CONFIDENT) -> list[Person]:
     """The people of one POSE_KEYPOINT frame, scaled from its canvas to a picture of (height, width) pixels.
 
-    Coordinates may be pixels of the canvas or, when all of the frame lie in 0..1, shares of it. A body may have
-    OpenPose's 18 joints, BODY_25's 25 or COCO's 17; a part may be missing, None or empty. Raises AnnotatorError.
+    Coordinates are pixels of the canvas or, when the median of all is small, shares of it. Joints of less confidence
+    than `threshold` are missing. A body may have OpenPose's 18 joints, BODY_25's 25, COCO's 17, or the 133 or 134 of a
+    whole body; a part or a joint may be missing, None or empty. Raises AnnotatorError.
     """
     if not isinstance(frame, Mapping) or "people" not in frame:
         found = f"keys {', '.join(map(repr, frame))}" if isinstance(frame, Mapping) else type(frame).__name__
         raise AnnotatorError(
             f"pose_keypoints has {found}; a frame of it has 'people', 'canvas_width' and 'canvas_height'"
         )
-    people = [_read_person(person) for person in frame["people"] or ()]
-    parts = [part for person in people for part in vars(person).values() if part is not None]
-    places = np.concatenate([np.zeros((0, 2)), *(part[part[:, 2] > 0, :2] for part in parts)])
+    people = [_read_person(person, threshold) for person in frame["people"] or ()]
+    places = _places(people)
     if len(places) == 0:
         return people
-    if (np.abs(places) <= 1).all():
-        scale = np.array([width, height, 1.0])
-    else:
-        canvas = np.array([_side(frame, "canvas_width"), _side(frame, "canvas_height")])
-        if (np.abs(places) > FARTHEST * canvas).any():
-            x, y = places[(np.abs(places) > FARTHEST * canvas).any(axis=1)][0]
-            raise AnnotatorError(
-                f"pose_keypoints has a joint at ({x:g}, {y:g}), far off its canvas of {canvas[0]:g}x{canvas[1]:g}: "
-                "look at the node that made it"
-            )
-        scale = np.array([width / canvas[0], height / canvas[1], 1.0])
+    shares = np.median(np.abs(places)) <= LARGEST_SHARE
+    canvas = np.ones(2) if shares else np.array([_side(frame, "canvas_width"), _side(frame, "canvas_height")])
+    if (np.abs(places) > FARTHEST * canvas).any():
+        x, y = places[(np.abs(places) > FARTHEST * canvas).any(axis=1)][0]
+        raise AnnotatorError(
+            f"pose_keypoints has a joint at ({x:g}, {y:g}), far off its canvas of {canvas[0]:g}x{canvas[1]:g}: "
+            "look at the node that made it"
+        )
+    scale = np.array([width / canvas[0], height / canvas[1], 1.0])
     return [
         Person(*(None if part is None else (part * scale).astype(np.float32) for part in vars(person).values()))
         for person in people
@@ -105,6 +149,12 @@ def write_frame(people: Sequence[Person], height: int, width: int) -> dict[str, 
     }
 
 
+def _places(people: Sequence[Person]) -> np.ndarray:
+    """x and y (N,2) of all joints that are there."""
+    parts = [part for person in people for part in vars(person).values() if part is not None]
+    return np.concatenate([np.zeros((0, 2)), *(part[part[:, 2] > 0, :2] for part in parts)])
+
+
 def _flat(part: np.ndarray | None) -> list[float] | None:
     if part is None:
         return None
@@ -119,26 +169,37 @@ def _side(frame: Mapping[str, Any], name: str) -> float:
     return float(side)
 
 
-def _read_person(person: Any) -> Person:
+def _read_person(person: Any, threshold: float) -> Person:
     if not isinstance(person, Mapping):
         raise AnnotatorError(f"a person of pose_keypoints is {type(person).__name__}; it must be a dict of joint lists")
-    body = _part(person, "pose_keypoints_2d", (17, 18, 25))
+    body = _part(person, "pose_keypoints_2d", (17, 18, 25, *WHOLE_BODIES), threshold)
+    left = _part(person, "hand_left_keypoints_2d", (21,), threshold)
+    right = _part(person, "hand_right_keypoints_2d", (21,), threshold)
+    face = _part(person, "face_keypoints_2d", (68, 70), threshold)
+    if body is not None and len(body) in WHOLE_BODIES:
+        body, _, whole_face, whole_left, whole_right = np.split(body, np.cumsum((WHOLE_BODIES[len(body)], 6, 68, 21)))
+        left = whole_left if left is None else left
+        right = whole_right if right is None else right
+        face = whole_face if face is None else face
     if body is not None and len(body) == 17:
         body = coco_to_openpose(body)
     elif body is not None and len(body) == 25:
         body = body[list(BODY_25_OF_OPENPOSE)]
-    left = _part(person, "hand_left_keypoints_2d", (21,))
-    right = _part(person, "hand_right_keypoints_2d", (21,))
-    return Person(body, left, right, _part(person, "face_keypoints_2d", (68, 70)))
+    return Person(body, left, right, face)
 
 
-def _part(person: Mapping[str, Any], name: str, sizes: tuple[int, ...]) -> np.ndarray | None:
+def _part(person: Mapping[str, Any], name: str, sizes: tuple[int, ...], threshold: float) -> np.ndarray | None:
     """One part as float64 (N,3), or None; joints that are not there have confidence 0."""
-    numbers = person.get(name)
+    numbers: Any = person.get(name)
     try:
         if numbers is None or len(numbers) == 0:
             return None
-        part = np.asarray(numbers, np.float64).reshape(-1)
+        if not isinstance(numbers, np.ndarray) and any(
+            isinstance(joint, (list, tuple, np.ndarray)) for joint in numbers
+        ):
+            numbers = [number for joint in numbers for number in ((None,) * 3 if joint is None else joint)]
+        none = np.array([number is None for number in np.ravel(numbers)])
+        part = np.where(none, 0, np.asarray(numbers, np.float64).reshape(-1))
     except (TypeError, ValueError) as error:
         raise AnnotatorError(f"{name} of pose_keypoints is no list of numbers: {error}") from error
     if part.size not in [3 * size for size in sizes]:
@@ -147,6 +208,7 @@ def _part(person: Mapping[str, Any], name: str, sizes: tuple[int, ...]) -> np.nd
             f"{' or '.join(map(str, sizes))} points"
         )
     part = part.reshape(-1, 3)
+    part = np.where(none.reshape(-1, 3).any(axis=1, keepdims=True), 0, part)
     if not np.isfinite(part[part[:, 2] != 0]).all():
         raise AnnotatorError(f"{name} of pose_keypoints has a joint that is not finite: look at the node that made it")
-    return np.where(part[:, 2:] > 0, part, 0.0)
+    return np.where((part[:, 2:] > 0) & (part[:, 2:] >= threshold), part, 0.0)

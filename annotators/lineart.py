@@ -1,120 +1,32 @@
-"""Line drawings by two generators: informative drawings of photographs, fine or coarse, and sketches in anime style."""
+"""Line drawings by networks: of photographs, fine or coarse, and in anime style."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor, nn
 
-from . import learned
-from .images import to_bytes
+from . import Annotator
+from .images import PADDED, grey, to_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ANIME_MULTIPLE = 256
 """The anime generator halves a picture eight times."""
 
 
-class Residual(nn.Module):
-    """(B,C,H,W) plus what two 3x3 convolutions make of it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        layers = (nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width))
-        again = (nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width))
-        self.conv_block = nn.Sequential(*layers, nn.ReLU(inplace=True), *again)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features + self.conv_block(features)
-
-
-class LineartGenerator(nn.Module):
-    """Dark lines on white (B,1,H,W) of RGB (B,3,H,W), both 0..1; keys as in sk_model.pth and sk_model2.pth.
-
-    Source: Chan, Durand and Isola, "Learning to generate line drawings that convey geometry and semantics";
-    carolineec/informative-drawings, model.py, with the 3 residual blocks of the published weights.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model0 = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(3, 64, 7), *_norm_relu(64))
-        self.model1 = nn.Sequential(
-            *(nn.Conv2d(64, 128, 3, 2, 1), *_norm_relu(128)), *(nn.Conv2d(128, 256, 3, 2, 1), *_norm_relu(256))
-        )
-        self.model2 = nn.Sequential(*(Residual(256) for _ in range(3)))
-        self.model3 = nn.Sequential(
-            *(nn.ConvTranspose2d(256, 128, 3, 2, 1, output_padding=1), *_norm_relu(128)),
-            *(nn.ConvTranspose2d(128, 64, 3, 2, 1, output_padding=1), *_norm_relu(64)),
-        )
-        self.model4 = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(64, 1, 7), nn.Sigmoid())
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model4(self.model3(self.model2(self.model1(self.model0(image)))))
-
-
-def _norm_relu(width: int) -> tuple[nn.Module, nn.Module]:
-    return nn.InstanceNorm2d(width), nn.ReLU(inplace=True)
-
-
-class Level(nn.Module):
-    """One level of the anime generator: halve, go through `inner`, double again, and keep what came in beside it.
-
-    (B,outer,H,W) to (B,2*outer,H,W). The innermost level has no `inner`.
-    """
-
-    def __init__(self, outer: int, width: int, inner: Level | None) -> None:
-        super().__init__()
-        down = (nn.LeakyReLU(0.2), nn.Conv2d(outer, width, 4, 2, 1))
-        middle = () if inner is None else (nn.InstanceNorm2d(width), inner)
-        read = width if inner is None else 2 * width
-        up = (nn.ReLU(inplace=True), nn.ConvTranspose2d(read, outer, 4, 2, 1), nn.InstanceNorm2d(outer))
-        self.model = nn.Sequential(*down, *middle, *up)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return torch.cat([features, self.model(features)], 1)
-
-
-class AnimeGenerator(nn.Module):
-    """Dark lines on white (B,1,H,W) of RGB (B,3,H,W), both -1..1, sides multiples of 256; keys as in netG.pth.
-
-    Source: Mukosame/Anime2Sketch, model.py: pix2pix's U-Net of eight levels with instance normalization.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        level = None
-        for outer, width in ((512, 512), (512, 512), (512, 512), (512, 512), (256, 512), (128, 256), (64, 128)):
-            level = Level(outer, width, level)
-        outermost = (nn.Conv2d(3, 64, 4, 2, 1), level, nn.ReLU(inplace=True), nn.ConvTranspose2d(128, 1, 4, 2, 1))
-        # Wrapped as its levels are: the published keys start with "model.model.".
-        self.model = nn.ModuleDict({"model": nn.Sequential(*outermost, nn.Tanh())})
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model["model"](image)
-
-
-def build(path: Path) -> nn.Module:
-    """The generator with the weights of sk_model.pth (fine) or sk_model2.pth (coarse); AnnotatorError for others."""
-    return learned.build(LineartGenerator, path)
-
-
-def build_anime(path: Path) -> nn.Module:
-    """The anime generator with the weights of netG.pth. Raises AnnotatorError for another file."""
-    return learned.build(AnimeGenerator, path)
-
-
-@torch.inference_mode()
 def lineart(network: nn.Module, image: np.ndarray) -> np.ndarray:
-    """White lines on black, (H,W,3) float32 0..1, of an RGB image (H,W,3) whose sides are multiples of 64.
+    """White lines on black, (B,H,W,3) float32 0..1, of RGB images (B,H,W,3), or of one, with sides of 64 n.
 
     The published lineart ControlNets read the generator's drawing inverted. Source: lllyasviel/ControlNet-v1-1-nightly,
     annotator/lineart. Raises AnnotatorError for other sizes.
     """
-    return learned.to_hint(1 - network(learned.to_tensor(image, network)))
+    from .networks.lineart import drawing
+
+    return grey(1 - drawing(network, image))
 
 
-@torch.inference_mode()
 def lineart_anime(network: nn.Module, image: np.ndarray) -> np.ndarray:
     """White lines in anime style on black, (H,W,3) float32 0..1, of an RGB image (H,W,3).
 
@@ -123,11 +35,18 @@ def lineart_anime(network: nn.Module, image: np.ndarray) -> np.ndarray:
     """
     import cv2
 
+    from .networks.lineart import anime_drawing
+
     pixels = to_bytes(image)
     height, width = pixels.shape[:2]
     size = (width + -width % ANIME_MULTIPLE, height + -height % ANIME_MULTIPLE)
     stretched = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC)
-    drawn = network(learned.to_tensor(stretched, network) * 2 - 1)
-    lines = rearrange(0.5 - drawn.float().cpu() / 2, "1 1 h w -> h w").numpy()
-    lines = cv2.resize(lines, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
-    return np.repeat(lines[:, :, None], 3, axis=2)
+    lines = 1 - anime_drawing(network, stretched)
+    return grey(cv2.resize(lines, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1))
+
+
+RECORDS = (
+    Annotator("lineart_realistic", lineart, networks=("lineart_realistic",), multiple=PADDED, batched=True),
+    Annotator("lineart_coarse", lineart, networks=("lineart_coarse",), multiple=PADDED, batched=True),
+    Annotator("lineart_anime", lineart_anime, networks=("lineart_anime",)),
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import Annotator, Parameter
 from .images import AnnotatorError, to_bytes
 
 
@@ -65,3 +66,25 @@ def draw_segments(segments: np.ndarray, height: int, width: int) -> np.ndarray:
     for start_x, start_y, end_x, end_y in np.rint(segments).astype(int).tolist():
         cv2.line(canvas, (start_x, start_y), (end_x, end_y), 255, 1)
     return np.repeat(canvas[:, :, None].astype(np.float32) / 255, 3, axis=2)
+
+
+RECORDS = (
+    Annotator(
+        "hough_lines",
+        hough_lines,
+        (
+            Parameter("low", "Canny's lower threshold: a gradient below this is no edge.", 0.0, 255.0, 1.0),
+            Parameter("high", "Canny's upper threshold: a gradient above this is an edge.", 0.0, 255.0, 1.0),
+            Parameter("smoothing", "Blur before the edges are sought, in pixels; 0 is none.", 0.0, 10.0, 0.1),
+            Parameter("votes", "How many edge pixels a line needs at least.", 1, 200, 1),
+            Parameter("length", "Shortest line, in pixels.", 1, 1000, 1),
+            Parameter("gap", "Widest gap in a line, in pixels.", 0, 100, 1),
+            Parameter("seed", "The transform takes edge pixels in a random order: this one.", 0, 2147483647, 1),
+        ),
+    ),
+    Annotator(
+        "lsd",
+        lsd,
+        (Parameter("length", "Shortest line, in pixels.", 0, 1000, 1),),
+    ),
+)

@@ -1,10 +1,18 @@
-"""Surface normals as colours, from depth: the paper's extended normals (MiDaS depth, Sobel filters)."""
+"""Surface normals as colours: from depth, as the paper's extended normals, and by a network of their own."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from . import Annotator, Parameter
+
+if TYPE_CHECKING:
+    from transformers import DPTForDepthEstimation
+
+    from .networks.moge import MoGe
 
 GREY_LEVELS = 255.0
 
@@ -52,3 +60,64 @@ def normal_from_depth(
     if smoothing > 0:
         depth = cv2.GaussianBlur(depth, (0, 0), smoothing)
     return normals_of_depth(depth, background, strength, front)
+
+
+def normal_midas(
+    network: DPTForDepthEstimation,
+    image: np.ndarray,
+    background: float = 0.1,
+    strength: float = 6.28,
+    front: str = "red",
+) -> np.ndarray:
+    """The paper's extended normals (H,W,3) float32 0..1: Sobel slopes of the MiDaS depth, in its own units.
+
+    The parameters are those of `normals_of_depth`; their defaults are comfyui_controlnet_aux's, and the colours
+    those that lllyasviel/ControlNet gradio_normal2image.py hands to the ControlNet.
+    """
+    from .networks.depth import midas
+
+    return normals_of_depth(midas(network, image), background, strength, front)
+
+
+def normal_moge(network: MoGe, image: np.ndarray) -> np.ndarray:
+    """Normals (B,H,W,3) float32 0..1 of pictures (B,H,W,3), or of one: what faces left is red, up green, us blue.
+
+    ScanNet's colours, in which ControlNet 1.1's normals are (lllyasviel/ControlNet-v1-1-nightly README). Where the
+    network knows none, as of the sky, the viewer is faced. Raises AnnotatorError for an answer that is not finite.
+    """
+    from .networks.moge import normals
+
+    return (1 - normals(network, image)) / 2
+
+
+RECORDS = (
+    Annotator(
+        "normal_from_depth",
+        normal_from_depth,
+        (
+            Parameter("background", "Depths below this, black being 0 and white 1, become flat."),
+            Parameter("strength", "Lower makes slopes steeper.", 0.1, 15.7),
+            Parameter("smoothing", "Blur against the steps of 8-bit depth, in pixels; 0 is none.", 0.0, 20.0, 0.1),
+            Parameter(
+                "front",
+                "Colour of what faces the viewer: blue for ControlNet 1.1 and newer, red for ControlNet 1.0.",
+                choices=("blue", "red"),
+            ),
+        ),
+    ),
+    Annotator(
+        "normal_midas",
+        normal_midas,
+        (
+            Parameter("background", "Depths below this, farthest being 0 and nearest 1, become flat."),
+            Parameter("strength", "Lower makes slopes steeper.", 0.1, 15.7),
+            Parameter(
+                "front",
+                "Colour of what faces the viewer: red for the normal ControlNet 1.0, blue for 1.1 and newer.",
+                choices=("red", "blue"),
+            ),
+        ),
+        networks=("dpt_hybrid",),
+    ),
+    Annotator("normal_moge", normal_moge, networks=("moge2_small",), batched=True),
+)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from . import Annotator, Parameter
 from .images import AnnotatorError
-from .keypoints import Person, openpose_to_coco, read_frame
+from .keypoints import CONFIDENT, Person, openpose_to_coco, read_frame, write_frame
 
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
@@ -121,11 +122,13 @@ def pose(
     hands: bool = True,
     face: bool = True,
     xinsir_sticks: bool = False,
+    threshold: float = CONFIDENT,
 ) -> np.ndarray:
     """The people of a POSE_KEYPOINT frame on black, (H,W,3) float32 0..1, of the size of an image (H,W,3).
 
-    The frame's canvas is stretched to the picture. `body`, `hands` and `face` say what is drawn, `style` and
-    `xinsir_sticks` how (`draw_people`). Raises AnnotatorError for a frame that cannot be read (`keypoints.read_frame`).
+    The frame's canvas is stretched to the picture. Joints of less confidence than `threshold` are left out; `body`,
+    `hands` and `face` say what else is drawn, `style` and `xinsir_sticks` how (`draw_people`). Raises AnnotatorError
+    for a frame that cannot be read (`keypoints.read_frame`).
     """
     height, width = image.shape[:2]
     shown = [
@@ -135,9 +138,32 @@ def pose(
             person.right_hand if hands else None,
             person.face if face else None,
         )
-        for person in read_frame(frame, height, width)
+        for person in read_frame(frame, height, width, threshold)
     ]
     return draw_people(shown, height, width, style=style, xinsir_sticks=xinsir_sticks)
+
+
+def human_pose(
+    detector: Any,
+    estimator: Any,
+    image: np.ndarray,
+    detection_threshold: float = 0.3,
+    keypoint_threshold: float = 0.3,
+    style: str = "openpose",
+    xinsir_sticks: bool = False,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The people of a picture (H,W,3), 0..1, as stick figures (H,W,3) float32 0..1, and as a POSE_KEYPOINT frame.
+
+    People of whom the detector is surer than `detection_threshold` come surest first; joints of which the estimator is
+    not surer than `keypoint_threshold` are missing, and so is a person without any. `style` and `xinsir_sticks` are
+    those of `draw_people`. Nobody found gives a black hint and a frame without people.
+    """
+    from .networks.people import find
+
+    height, width = image.shape[:2]
+    people = find(detector, estimator, image, detection_threshold, keypoint_threshold)
+    drawn = draw_people(people, height, width, style=style, xinsir_sticks=xinsir_sticks)
+    return drawn, write_frame(people, height, width)
 
 
 def _draw_body(canvas: np.ndarray, body: np.ndarray, zoom: int, stick: int, radius: int) -> None:
@@ -185,3 +211,42 @@ def _pixel(point: np.ndarray) -> tuple[int, int]:
     """The pixel that a point lies in."""
     x, y = np.floor(point)
     return int(x), int(y)
+
+
+STYLE = Parameter(
+    "style",
+    "openpose is what published pose controls read; coco17 the 17 joints as Openpifpaf paints them.",
+    choices=STYLES,
+)
+XINSIR_STICKS = Parameter(
+    "xinsir_sticks", "Wider limbs, as xinsir's SDXL openpose ControlNet was trained; for style openpose."
+)
+
+RECORDS = (
+    Annotator(
+        "pose",
+        pose,
+        (
+            STYLE,
+            Parameter("body", "Draw bodies."),
+            Parameter("hands", "Draw hands where the keypoints have them; style openpose alone does."),
+            Parameter("face", "Draw faces where the keypoints have them; style openpose alone does."),
+            XINSIR_STICKS,
+            Parameter("threshold", "A joint of less confidence is left out; files of 0 and 1 have none between."),
+        ),
+        reads_pose=True,
+    ),
+    Annotator(
+        "human_pose",
+        human_pose,
+        (
+            Parameter("detection_threshold", "Whom the detector is less sure to be a person is left out."),
+            Parameter("keypoint_threshold", "A joint of which the network is less sure than this is left out."),
+            STYLE,
+            XINSIR_STICKS,
+        ),
+        networks=("person_detector", "pose_estimator"),
+        packages=("transformers",),
+        gives_pose=True,
+    ),
+)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import Annotator, Parameter
+
 
 def superpixels(
     image: np.ndarray, count: int = 200, compactness: float = 30.0, colours: str = "mean", seed: int = 0
@@ -24,3 +26,17 @@ def superpixels(
         size = np.maximum(np.bincount(flat, minlength=total), 1)
         table = np.stack([np.bincount(flat, image[:, :, c].ravel(), total) / size for c in range(3)], axis=1)
     return table.astype(np.float32)[labels]
+
+
+RECORDS = (
+    Annotator(
+        "superpixels",
+        superpixels,
+        (
+            Parameter("count", "About how many patches.", 1, 10000, 1),
+            Parameter("compactness", "Higher makes square patches, lower lets them follow colour.", 0.01, 100.0),
+            Parameter("colours", "Each patch's own mean, or colours at random.", choices=("mean", "palette")),
+            Parameter("seed", "Which random colours.", 0, 2147483647, 1),
+        ),
+    ),
+)

@@ -59,9 +59,7 @@ def annotator(name: str) -> Load:
         networks = []
         for wanted in record.networks:
             (network,) = [network for network in NETWORKS if network.name == wanted]
-            module, function = network.build.split(":")
-            build = getattr(import_module(f"..annotators.{module}", __package__), function)
-            networks.append(build(*[folder / file.name for file in network.files]).to(device))
+            networks.append(network.load([folder / file.name for file in network.files]).to(device))
         return lambda image: pipeline.annotate(record, image, min(image.shape[:2]), networks=networks)[0]
 
     return load

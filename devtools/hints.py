@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         else:
             for name, parameters in _variants(annotator):
                 pictures[name] = _hint(annotator, photograph, networks, parameters)
-                print(f"{name}: {annotator.function}")
+                print(f"{name}: made")
     small = {name: _shrunk(picture, chosen.side) for name, picture in pictures.items()}
     for name, picture in small.items():
         Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(chosen.output / f"{name}.jpg", quality=88)
@@ -81,16 +81,13 @@ def _variants(annotator: Annotator) -> list[tuple[str, dict[str, Any]]]:
 
 def _networks(annotator: Annotator, folders: list[Path]) -> list[Any] | None:
     """The annotator's networks, `None` when a file of theirs is in none of the folders."""
-    from importlib import import_module
-
     made = []
     for name in annotator.networks:
         (network,) = (entry for entry in NETWORKS if entry.name == name)
         paths = find(network, folders)
         if any(path is None for path in paths):
             return None
-        module, function = network.build.split(":")
-        made.append(getattr(import_module(f"..annotators.{module}", __package__), function)(*paths))
+        made.append(network.load([path for path in paths if path is not None]))
     return made
 
 

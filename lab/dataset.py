@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ..controlnet_core.files.writing import replacing
 from .hints import canny_hint, depth_hint, pose_hint
 from .render import render
 from .scene import describe, random_scene
@@ -54,9 +55,8 @@ def render_shards(folder: Path, count: int, size: int = 128) -> list[Path]:
         if path.exists():
             continue
         rows = [render_arrays(seed, size) for seed in range(start, start + SHARD)]
-        aside = path.with_suffix(".partial")
-        save_file({name: np.stack([row[name] for row in rows]) for name in rows[0]}, aside)
-        aside.replace(path)
+        with replacing(path) as temporary:
+            save_file({name: np.stack([row[name] for row in rows]) for name in rows[0]}, temporary)
     return paths
 
 

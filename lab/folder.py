@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 
+from ..controlnet_core.files.writing import replacing
 from .dataset import HELD_OUT
 from .hints import canny_hint, depth_hint, pose_hint
 from .models import SIZE
@@ -66,6 +66,5 @@ def _save(path: Path, picture: np.ndarray) -> None:
 def _write(path: Path, data: bytes) -> None:
     """A file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    aside.write_bytes(data)
-    aside.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

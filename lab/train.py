@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing: autoencoder, base (UNet and text encoder), controls, and the segmenter.
 
-Every stage resumes from its checkpoint in the work folder and leaves fp16 weights in `lab/weights/`.
+Every stage resumes from its checkpoint in its folder below the work folder and leaves fp16 weights in `lab/weights/`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def train_autoencoder(work: Path, steps: int = 4000) -> None:
         pull = (z.mean((0, 2, 3)).square() + (z.var((0, 2, 3)) - 1).square()).mean()
         return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + edges + 0.01 * pull
 
-    fit(model, loss_of_step, work / "autoencoder.pt", steps, lr=2e-3, ema_decay=0.995)
+    fit(model, loss_of_step, work / "autoencoder", steps, lr=2e-3, ema_decay=0.995)
     with torch.no_grad():
         sample = _pictures(images[:512], place) * 2 - 1
         scale_latents(model, (1 / LATENT_SCALE) / model.encode(sample).std().item())
@@ -116,7 +116,7 @@ def train_base(work: Path, steps: int = 4000, batch: int = 32) -> None:
             predicted = model.unet(add_noise(x, noise, timesteps, alphas), timesteps, context)
         return F.mse_loss(predicted.float(), noise)
 
-    fit(model, loss_of_step, work / "base.pt", steps, lr=1e-3)
+    fit(model, loss_of_step, work / "base", steps, lr=1e-3)
     save_weights(model.unet, "unet")
     save_weights(model.text, "text_encoder")
 
@@ -150,7 +150,7 @@ def train_control(work: Path, hint: str, steps: int = 750, batch: int = 24) -> N
             predicted = unet(noisy, timesteps, context, residuals=residuals)
         return F.mse_loss(predicted.float(), noise)
 
-    fit(model, loss_of_step, work / f"control_{hint}.pt", steps, lr=1e-3)
+    fit(model, loss_of_step, work / f"control_{hint}", steps, lr=1e-3)
     save_weights(model, control_name(hint))
 
 
@@ -173,5 +173,5 @@ def train_segmenter(work: Path, steps: int = 500) -> None:
             logits = model((x + 0.02 * torch.randn_like(x)).clamp(0, 1))
         return F.cross_entropy(logits.float(), classes)
 
-    fit(model, loss_of_step, work / "segmenter.pt", steps, lr=3e-3, ema_decay=0.99)
+    fit(model, loss_of_step, work / "segmenter", steps, lr=3e-3, ema_decay=0.99)
     save_weights(model, "segmenter")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..annotators import ANNOTATORS, Annotator, Parameter
+from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
+from ..annotators.keypoints import read_frames
+from ..annotators.pipeline import draw
 from .host import annotators as host_annotators
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
-HINTS = HintCache(256 << 20)
+AT_ONCE = 8 * 512**2
+"""Pixels of the pictures that a network looks at together."""
+
+HINTS = HintCache(512 << 20)
 """The node runs again when any of its widgets changes or one frame of many; what the change does not touch is kept."""
 
 
@@ -26,7 +32,6 @@ class Annotate(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        parameters = [_input(annotator, p) for annotator in ANNOTATORS for p in annotator.parameters]
         return io.Schema(
             node_id="Annotate",
             display_name="Annotate (ZeroConv)",
@@ -43,7 +48,7 @@ class Annotate(io.ComfyNode):
                     step=8,
                     tooltip="Short side of the hint in pixels; 0 keeps the image's own size.",
                 ),
-                *parameters,
+                *(_input(annotator, parameter) for annotator, parameter in PARAMETERS),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -74,21 +79,33 @@ class Annotate(io.ComfyNode):
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
         masks = each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
         frames = (
-            each(pose_keypoints, len(image), "frames of pose_keypoints") if chosen.reads_pose else [None] * len(image)
+            each(read_frames(pose_keypoints), len(image), "frames of pose_keypoints")
+            if chosen.reads_pose
+            else [None] * len(image)
         )
-        hints, found = [], []
-        for i, picture in enumerate(steps(image.float().cpu().numpy(), cls.hidden.unique_id)):
-            area = None if masks[i] is None else masks[i].float().cpu().numpy()
-            hint, frame = HINTS.annotate(
-                chosen, picture, resolution, networks=networks, mask=area, frame=frames[i], parameters=own
-            )
+        masks = [None if mask is None else mask.float().cpu().numpy() for mask in masks]
+        together = max(1, AT_ONCE // image[0, :, :, 0].numel()) if chosen.batched else 1
+        pictures, found, run = image.float().cpu().numpy(), [], object()
+
+        def seen() -> Iterator[np.ndarray]:
+            for first in steps(range(0, len(image), together), cls.hidden.unique_id):
+                part = slice(first, first + together)
+                also: dict[str, Any] = {"masks": masks[part], "frames": frames[part], "parameters": own, "run": run}
+                for one, frame in HINTS.see(chosen, pictures[part], resolution, networks=networks, **also):
+                    found.extend([] if frame is None else [frame])
+                    yield one
+
+        hints: torch.Tensor | None = None
+        for i, (hint, area) in enumerate(zip(draw(chosen, seen(), own), masks)):
             if area is not None and not chosen.reads_mask:
                 hint = hint * fit_mask(area, *hint.shape[:2])[:, :, None]
-            hints.append(torch.from_numpy(hint))
-            found += [] if frame is None else [frame]
-        hint = torch.stack(hints)
+            # All of a video twice would be more than there is room for: each hint goes to its place.
+            hints = torch.empty(len(image), *hint.shape) if hints is None else hints
+            hints[i] = torch.from_numpy(hint)
+        assert hints is not None
         # What marks the masked pixels need not be a colour: the picture that is shown is clamped, the hint is not.
-        return io.NodeOutput(hint, found or pose_keypoints or [], ui=ui.PreviewImage(hint.clamp(0, 1), cls=cls))
+        shown = hints.clamp(0, 1) if chosen.reads_mask else hints
+        return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))
 
 
 def _input(annotator: Annotator, parameter: Parameter) -> Any:
@@ -109,8 +126,6 @@ def each(given: Any, count: int, what: str) -> list[Any]:
     """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
     if given is None:
         return [None] * count
-    if isinstance(given, Mapping):  # one frame of keypoints, as some packs hand it on
-        given = [given]
     if len(given) not in (1, count):
         raise AnnotatorError(f"{count} images came with {len(given)} {what}: connect one for all or one for each")
     return [given[i % len(given)] for i in range(count)]

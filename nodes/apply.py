@@ -20,6 +20,9 @@ STACK = io.Custom("CONTROL_NET_STACK")
 SCHEDULE = io.Custom("CONTROL_SCHEDULE")
 BLOCK_WEIGHTS = io.Custom("CONTROL_BLOCK_WEIGHTS")
 
+UNCONNECTED = object()
+"""In the place of a stack that is not connected: one that is switched off may be `None`."""
+
 
 def _control_inputs(required: bool) -> list[Any]:
     """The inputs that every node of this file has; where a stack may stand in, control and image may be left out."""
@@ -88,14 +91,14 @@ class Inputs:
     resize: Resize
     control_net: Any = None
     image: Tensor | None = None
-    stack: Any = None
+    stack: Any = UNCONNECTED
     mask: Tensor | None = None
     schedule: Schedule | None = None
     block_weights: BlockWeights | None = None
 
     def entries(self) -> list[host_stack.Entry]:
         """The entries that these inputs describe, those of the connected stack first."""
-        entries = host_stack.read(self.stack)
+        entries = [] if self.stack is UNCONNECTED else host_stack.read(self.stack)
         if self.control_net is None:
             if self.image is not None:
                 raise host_stack.StackError(
@@ -107,7 +110,7 @@ class Inputs:
                         f"{name} is connected and no control_net: connect it to the Stack Controls whose control it "
                         "doses"
                     )
-            if self.stack is None:
+            if self.stack is UNCONNECTED:
                 raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
             return entries
         mask = None if self.mask is None else self.mask.reshape(-1, 1, *self.mask.shape[-2:])

@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..annotators import ANNOTATORS, pipeline
 from ..annotators.compare import TOLERANCE, compare, compare_people, cut_bodies, read_bodies, resized
 from ..annotators.images import AnnotatorError, to_picture
+from ..annotators.keypoints import read_frames
 from ..annotators.measure import SCORES, centre_like, kind_of
 from .annotate import PoseKeypoint, each
 from .host import annotators as host_annotators
@@ -81,7 +82,7 @@ class MeasureControl(io.ComfyNode):
         posed = kind_of(annotator) == "pose"
         # Annotate gives keypoints with every hint; only people are compared by them.
         pose_keypoints, result_keypoints = (
-            given or None if posed else None for given in (pose_keypoints, result_keypoints)
+            read_frames(given) or None if posed else None for given in (pose_keypoints, result_keypoints)
         )
         if posed and pose_keypoints is None:
             raise AnnotatorError(_NO_JOINTS.format("pose_keypoints, those of the hint"))

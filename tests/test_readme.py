@@ -9,7 +9,7 @@ import pytest
 
 from zeroconv.annotators import ANNOTATORS
 from zeroconv.annotators.networks import NETWORKS
-from zeroconv.controlnet_core.files.formats import FORMATS
+from zeroconv.controlnet_core.files.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_each_test_that_is_named_is_there():
 
 @pytest.mark.parametrize("kind", ["ControlNet Union", "Control-LoRA", "T2I-Adapter", "ControlLLLite", "difference"])
 def test_each_kind_of_control_has_its_row(kind: str):
-    assert any(kind.split()[-1] in record.name for record in FORMATS)
+    assert any(kind.split()[-1] in form.name for record in KINDS for form in record.formats)
     assert re.search(rf"^\| [^|]*{kind}", README, re.MULTILINE)
 
 

@@ -14,14 +14,14 @@ from PIL import Image
 from .manifest import DatasetError
 from .pictures import Crop, PictureError, bucket, hint_of, read, size_of
 from .sources import Item, Skipped
-from .writer import CachingOptions, EncodePictures, EncodePrompt, Seen, Writer
+from .writer import CachingOptions, EncodePictures, EncodePrompt, Prepared, Writer
 
 Annotate = Callable[[np.ndarray], np.ndarray]
 """A picture (H,W,3) float32 in [0,1] -> its hint, the same; PictureError where it has none."""
 
 
 @dataclass(frozen=True)
-class Caching:
+class CachingProgress:
     """How far it is: `step` of `steps` pictures and prompts that this run has to encode.
 
     `done` items are cached, `before` of them in earlier runs. `unused` items of earlier runs are not among the items
@@ -44,7 +44,7 @@ def make(
     encode_prompt: EncodePrompt,
     annotate: Annotate | None,
     options: CachingOptions,
-) -> Iterator[Caching]:
+) -> Iterator[CachingProgress]:
     """Cache `items`, whose names differ, in `folder`, yielding now and then; `dataset.Dataset.open` reads them.
 
     Hints are made by `annotate`; without it every item needs one. What is cached already and has not changed stays;
@@ -66,9 +66,11 @@ def make(
     prompts = writer.unknown(item.prompt for item in todo)
     step, enlarged = 0, 0
 
-    def progress() -> Caching:
+    def progress() -> CachingProgress:
         done = len(before) + writer.added
-        return Caching(step, len(prompts) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped))
+        return CachingProgress(
+            step, len(prompts) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped)
+        )
 
     yield progress()
     try:
@@ -80,15 +82,15 @@ def make(
         writer.flush_prompts()
         for group in groups:
             batches = [group[start : start + options.batch_size] for start in range(0, len(group), options.batch_size)]
-            for batch, loaded in _ahead(_load, batches, options.batch_size):
-                seen: list[Seen] = []
+            for batch, loaded in _loaded_ahead(_load, batches, options.batch_size):
+                prepared: list[Prepared] = []
                 for (item, crop), pictures in zip(batch, loaded):
                     try:
-                        seen.append(_see(item, stamps[item.name], crop, pictures, annotate, options.mirror))
+                        prepared.append(_prepared(item, stamps[item.name], crop, pictures, annotate, options.mirror))
                     except PictureError as error:
                         skipped.append(Skipped(item.name, str(error)))
-                skipped += writer.add(seen)
-                enlarged += sum(each.crop.scale > 1 for each in seen)
+                skipped += writer.add(prepared)
+                enlarged += sum(each.crop.scale > 1 for each in prepared)
                 step += len(batch)
                 yield progress()
             writer.flush()
@@ -142,7 +144,7 @@ def _load(item: Item, crop: Crop) -> Loaded:
         return error
 
 
-def _ahead(
+def _loaded_ahead(
     load: Callable[[Item, Crop], Loaded], batches: Sequence[Group], threads: int
 ) -> Iterator[tuple[Group, list[Loaded]]]:
     """Each batch with what `load` makes of its items; the next batch is loaded while this one is encoded."""
@@ -155,17 +157,17 @@ def _ahead(
             yield batch, [future.result() for future in coming.pop(0)]
 
 
-def _see(item: Item, stamp: str, crop: Crop, loaded: Loaded, annotate: Annotate | None, mirror: bool) -> Seen:
+def _prepared(item: Item, stamp: str, crop: Crop, loaded: Loaded, annotate: Annotate | None, mirror: bool) -> Prepared:
     if isinstance(loaded, PictureError):
         raise loaded
     picture, hint = loaded
     pictures = (picture, picture[:, ::-1]) if mirror else (picture,)
     if annotate is not None:
         # Of the mirror image too: a hint that tells left from right is not the mirror image of the hint.
-        return Seen(item, stamp, crop, pictures, tuple(_annotated(each, annotate) for each in pictures))
+        return Prepared(item, stamp, crop, pictures, tuple(_annotated(each, annotate) for each in pictures))
     if hint is None:
         raise PictureError("it has no hint: choose an annotator, or give one")
-    return Seen(item, stamp, crop, pictures, (hint, hint[:, ::-1]) if mirror else (hint,))
+    return Prepared(item, stamp, crop, pictures, (hint, hint[:, ::-1]) if mirror else (hint,))
 
 
 def _annotated(picture: np.ndarray, annotate: Annotate) -> np.ndarray:

@@ -6,13 +6,13 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
 from math import ceil, lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +22,15 @@ from torch import Tensor
 
 from .manifest import DatasetError, Manifest, damage, read_manifest
 
+Record = TypeVar("Record", bound=Any)
+
+TextEmbedding = tuple[Tensor, Tensor | None]
+"""A prompt's context (T,C) and, for SDXL alone, pooled embedding (D,)."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Items of one size, on the CPU.
+    """Items of one size; `Dataset.read` gives them on the CPU.
 
     `latents` (B,4,h,w) fp32, scaled as the UNet sees them. `context` (B,T,C) and `pooled` (B,D) fp32, of each item's
     own prompt; `prompts` (B,) int64 says which one, 0 being the empty prompt. `sizes` (B,6) int32: height and width of
@@ -155,12 +160,12 @@ class Dataset:
             )
         rows = self._rows([self.places[index] for index in indices])
         prompts = torch.stack([row["prompts"] for row in rows])
-        contexts = self._contexts(prompts.tolist())
-        pooled = [pooled for _, pooled in contexts if pooled is not None]
+        texts = self._text_embeddings(prompts.tolist())
+        pooled = [pooled for _, pooled in texts if pooled is not None]
         hints = [row["hints"].expand(3, -1, -1) for row in rows]
         return Batch(
             latents=torch.stack([row["latents"] for row in rows]),
-            context=stack_contexts([context for context, _ in contexts]),
+            context=stack_contexts([context for context, _ in texts]),
             pooled=torch.stack(pooled) if pooled else None,
             sizes=torch.stack([row["sizes"] for row in rows]) if self.has_pooled else None,
             hints=torch.stack(hints).float() / 255,
@@ -168,9 +173,9 @@ class Dataset:
         )
 
     @cached_property
-    def empty(self) -> tuple[Tensor, Tensor | None]:
-        """(context (T,C), pooled (D,) or None) of the empty prompt, fp32."""
-        return self._contexts([0])[0]
+    def empty_prompt(self) -> TextEmbedding:
+        """The text embedding of the empty prompt, fp32."""
+        return self._text_embeddings([0])[0]
 
     def _rows(self, places: Sequence[Place]) -> list[dict[str, Tensor]]:
         rows: dict[int, dict[str, Tensor]] = {}
@@ -183,9 +188,9 @@ class Dataset:
                         rows[number] = {key: rows[place.row : place.row + 1][0] for key, rows in slices.items()}
         return [rows[number] for number in range(len(places))]
 
-    def _contexts(self, prompts: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
-        """Context and pooled embedding of each prompt, fp32."""
-        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    def _text_embeddings(self, prompts: Sequence[int]) -> list[TextEmbedding]:
+        """The text embedding of each prompt, fp32."""
+        found: dict[int, TextEmbedding] = {}
         by_file = defaultdict(list)
         for prompt in sorted(set(prompts)):
             by_file[self._file_of(prompt)].append(prompt)
@@ -235,6 +240,12 @@ class Dataset:
         colours = self._colours.to(latents.device)
         picture = torch.einsum("bchw,cd->bdhw", latents.float(), colours[:-1]) + rearrange(colours[-1], "d -> d 1 1")
         return picture.clamp(0, 1)
+
+
+def to_device(record: Record, device: torch.device) -> Record:
+    """A dataclass of tensors, some of which may be None, on `device`."""
+    tensors = {each.name: getattr(record, each.name) for each in fields(record)}
+    return replace(record, **{name: x.to(device, non_blocking=True) for name, x in tensors.items() if x is not None})
 
 
 def stack_contexts(contexts: Sequence[Tensor]) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
+
+from ..files.writing import replacing
 
 NAME = "manifest.json"
 FORMAT, VERSION = "zeroconv dataset", 1
@@ -98,18 +97,12 @@ def read_manifest(folder: Path) -> Manifest | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put `manifest` in place of the one in `folder`, whole or not at all; raises DatasetError with the reason."""
     path = folder / NAME
-    temporary = path.with_name(f".{NAME}.{uuid4().hex}.tmp")
+    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump({"format": FORMAT, "version": VERSION, **asdict(manifest)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8", newline="\n")
     except OSError as error:
         raise DatasetError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):  # what went wrong has been said; here is only what it left
-            temporary.unlink(missing_ok=True)
 
 
 def damage(folder: Path, part: Shard | PromptFile) -> str | None:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..files.saving import write
+from ..files.writing import sweep
 from ..keys import times
 from .manifest import NAME, DatasetError, Entry, Manifest, PromptFile, Shard, damage, read_manifest, write_manifest
 from .pictures import Crop
@@ -25,13 +26,13 @@ EncodePictures = Callable[[Tensor], Tensor]
 EncodePrompt = Callable[[str], tuple[Tensor, Tensor | None]]
 """A prompt -> context (T,C) and, for SDXL alone, pooled (D,)."""
 
-FULL = 64 << 20
+SHARD_BYTES = 64 << 20
 """Bytes of a shard: little enough to be lost by a killed process, enough for a thousand small pictures."""
 
-MOST = 1024
+SHARD_ITEMS = 1024
 """Items of a shard."""
 
-MOST_PROMPTS = 256
+FILE_PROMPTS = 256
 """Prompts of a file: whoever reads one of them reads the names of all."""
 
 SAME_ENCODER = 0.05
@@ -56,8 +57,8 @@ class CachingOptions:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """An item that has been read: its `pictures` and `hints` (H,W,3) uint8 at the size of the bucket.
+class Prepared:
+    """An item ready to be encoded: its `pictures` and `hints` (H,W,3) uint8 at the size of the bucket.
 
     One of each, or with the mirror image two.
     """
@@ -89,9 +90,8 @@ class Writer:
         self._rows: list[Row] = []
         self._texts: dict[str, tuple[Tensor, Tensor | None]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for kind in ("shard-", "prompts-", NAME):
-            for left in folder.glob(f".{kind}*.tmp"):
-                left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        for names in ("shard-*", "prompts-*", NAME):
+            sweep(folder, names)
         probe, (context, pooled) = self._latents(probe_picture())[0], encode_prompt("")
         fixed = {
             "resolution": options.resolution,
@@ -126,13 +126,13 @@ class Writer:
                     f"{self._folder} was made with {name.replace('_', ' ')} {before}, found {value}: choose another "
                     "name for the new dataset, or give the same as before"
                 )
-        if off_by(probe.flatten(), torch.tensor(self._manifest.probe)) > SAME_ENCODER:
+        if relative_error(probe.flatten(), torch.tensor(self._manifest.probe)) > SAME_ENCODER:
             raise DatasetError(f"{self._folder} was made with another VAE: {_CHOOSE}")
 
     def _check_context(self, context: Tensor) -> None:
         with safe_open(self._folder / self._manifest.prompts[0].file, framework="pt") as file:
             before = file.get_tensor("context.0").float()
-        if before.shape != context.shape or off_by(context, before) > SAME_ENCODER:
+        if before.shape != context.shape or relative_error(context, before) > SAME_ENCODER:
             raise DatasetError(f"{self._folder} was made with another text encoder: {_CHOOSE}")
 
     def _repair(self) -> None:
@@ -171,7 +171,7 @@ class Writer:
         """Encode a prompt that is not known yet."""
         self._texts[prompt] = self._encode_prompt(prompt)
         self._numbers[prompt] = len(self._numbers)
-        if len(self._texts) >= min(MOST_PROMPTS, FULL / (2 * self._texts[prompt][0].numel())):
+        if len(self._texts) >= min(FILE_PROMPTS, SHARD_BYTES / (2 * self._texts[prompt][0].numel())):
             self.flush_prompts()
 
     def flush_prompts(self) -> None:
@@ -193,33 +193,33 @@ class Writer:
 
     # -- pictures ----------------------------------------------------------------------------------------------------
 
-    def add(self, seen: Sequence[Seen]) -> list[Skipped]:
+    def add(self, prepared: Sequence[Prepared]) -> list[Skipped]:
         """Encode items of one bucket; gives those of which the encoder made no numbers."""
-        if not seen:
+        if not prepared:
             return []
-        encoded = [self._latents(np.stack(pictures)) for pictures in zip(*(each.pictures for each in seen))]
+        encoded = [self._latents(np.stack(pictures)) for pictures in zip(*(each.pictures for each in prepared))]
         skipped = []
-        for each, latents in zip(seen, zip(*encoded)):
+        for each, latents in zip(prepared, zip(*encoded)):
             if not all(latent.isfinite().all() for latent in latents):
                 skipped.append(Skipped(each.item.name, "the VAE made numbers of it that are not finite"))
                 continue
             self._rows += [self._row(each, i, latent) for i, latent in enumerate(latents)]
             self.added += 1
             size = sum(tensor.nbytes for tensor in self._rows[-1].tensors.values())
-            if len(self._rows) >= min(MOST, FULL / size):
+            if len(self._rows) >= min(SHARD_ITEMS, SHARD_BYTES / size):
                 self.flush()
         return skipped
 
-    def _row(self, seen: Seen, i: int, latents: Tensor) -> Row:
-        self._moments += _moments(latents, seen.pictures[i])
+    def _row(self, prepared: Prepared, i: int, latents: Tensor) -> Row:
+        self._moments += _moments(latents, prepared.pictures[i])
         tensors = {
             "latents": latents,
-            "hints": rearrange(torch.from_numpy(seen.hints[i].copy()), "h w c -> c h w"),
-            "prompts": torch.tensor(self._numbers[seen.item.prompt]),
+            "hints": rearrange(torch.from_numpy(prepared.hints[i].copy()), "h w c -> c h w"),
+            "prompts": torch.tensor(self._numbers[prepared.item.prompt]),
         }
         if self._manifest.options["pooled_channels"]:
-            tensors["sizes"] = torch.tensor(seen.crop.sizes, dtype=torch.int32)
-        return Row(Entry(seen.item.name, seen.stamp, i == 1), tensors)
+            tensors["sizes"] = torch.tensor(prepared.crop.sizes, dtype=torch.int32)
+        return Row(Entry(prepared.item.name, prepared.stamp, i == 1), tensors)
 
     def _latents(self, pictures: np.ndarray) -> Tensor:
         """Of pictures (B,H,W,3) uint8 the latents (B,4,H/8,W/8), fp32 on the CPU."""
@@ -265,7 +265,7 @@ def _next(kind: str, files: Sequence[Shard | PromptFile]) -> str:
     return f"{kind}-{last + 1:05d}.safetensors"
 
 
-def off_by(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """The difference relative to what is expected."""
     return ((found.float().cpu() - expected).norm() / expected.norm()).item()
 

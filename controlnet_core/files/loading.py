@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ..keys import State, Weights, has, times
 from ..networks.configuration import ConfigurationError, check_heads, read_unet_config
+from ..networks.network import ControlNetwork
 from ..networks.unet import UNet
-from .formats import UnknownFormat, detect, from_diffusers
+from .kinds import Format, UnknownFormat, detect
+from .layouts import from_diffusers
 
 NEW = ("zero_convs.", "middle_block_out.", "input_hint_block.")
 """The parts of a ControlNet that its base UNet lacks."""
@@ -33,12 +35,12 @@ class LoadError(ValueError):
 class LoadedControl:
     """A control and where it came from.
 
-    `control` is a torch module, the network that its format builds, `format` the name of a record in `formats.FORMATS`,
-    `dropped` the number of tensors in the file that are no part of the control (a base model beside it, a marker).
+    `control` is a network of one of `kinds.KINDS`, `format` the record that the file was told by, `dropped` the
+    number of tensors in the file that are no part of the control (a base model beside it, a marker).
     """
 
-    control: Any
-    format: str
+    control: ControlNetwork
+    format: Format
     dropped: int
     metadata: dict[str, str]
 
@@ -53,7 +55,7 @@ def load_control(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> LoadedControl:
-    """The control in a file's tensors, of any kind and layout that `formats.FORMATS` knows.
+    """The control in a file's tensors, of any kind and layout that `kinds.KINDS` knows.
 
     `base` is the UNet (ldm keys, no prefix) that difference files add to. `dtype` None is the file's own, `device`
     None where the tensors are; those that need no conversion are shared with `state`, not copied. `name` goes into
@@ -61,7 +63,7 @@ def load_control(
     """
     metadata = dict(metadata or {})
     try:
-        found = detect(state)
+        kind, found = detect(state)
         weights = found.canonicalize(state)
         dropped = len(state) - len(weights)
         dtype = dtype or usual_dtype(weights)
@@ -72,11 +74,11 @@ def load_control(
                 f"{name}: a base model is given, and these weights hold no differences from one: leave it out (a "
                 "Control-LoRA takes what it needs from the model that it is applied to)"
             )
-        control = found.build(weights, metadata, operations=operations, dtype=dtype, device="meta")
+        control = kind.build(weights, metadata, operations=operations, dtype=dtype, device="meta")
     except (UnknownFormat, ConfigurationError) as error:
         raise LoadError(f"{name}: {error}") from error
     _fill(control, weights, name, dtype, device)
-    return LoadedControl(control, found.name, dropped, metadata)
+    return LoadedControl(control, found, dropped, metadata)
 
 
 def load_unet(
@@ -135,7 +137,9 @@ def _add_base(differences: State, base: State | None, name: str) -> Weights:
     return weights
 
 
-def _fill(network: nn.Module, weights: State, name: str, dtype: torch.dtype, device: torch.device | str | None) -> None:
+def _fill(
+    network: ControlNetwork | UNet, weights: State, name: str, dtype: torch.dtype, device: torch.device | str | None
+) -> None:
     """Give `network`, which is on the meta device, exactly these weights; raises LoadError naming what differs."""
     own = network.state_dict()
     faults = {

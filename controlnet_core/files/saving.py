@@ -2,71 +2,45 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..keys import State, Weights, times
-from ..networks import t2i_adapter
-from ..networks.configuration import read_unet_config
-from ..networks.control_lora import BORROWED, full_shapes, to_control_lora
+from ..networks.control_lora import BORROWED
 from ..networks.controlnet import ControlNet, copy_encoder
+from ..networks.network import ControlNetwork
 from ..networks.unet import UNetConfig
-from .formats import CONTROL, to_diffusers
+from .kinds import kind_of
+from .layouts import CONTROL
 from .loading import usual_dtype
+from .writing import replacing
 
 
 class SaveError(ValueError):
     """Weights that cannot be written as asked; the message says what to choose instead."""
 
 
-# -- layouts ----------------------------------------------------------------------------------------------------------
-
-
-Layout = Callable[[Any, State], Weights]
-"""(network, its weights in canonical names) -> the tensors of a file."""
-
-
-def _canonical(_: Any, weights: State) -> Weights:
-    return dict(weights)
-
-
-def _diffusers(network: Any, weights: State) -> Weights:
-    return to_diffusers(weights, network.config)
-
-
-LAYOUTS: dict[str, dict[str, Layout]] = {
-    "ControlNet": {"ldm": _canonical, "diffusers": _diffusers},
-    "ControlNet Union": {"ldm": _canonical, "diffusers": _diffusers},
-    "T2I-Adapter": {"ldm": _canonical, "diffusers": lambda _, weights: t2i_adapter.to_diffusers(weights)},
-    "Control-LoRA": {"ldm": lambda _, weights: to_control_lora(weights)},
-    "ControlLLLite": {"ldm": _canonical},
-    "ControlNet-lite": {"ldm": _canonical},
-}
-"""For each kind of network the layouts that it is published in; ldm stands for its authors' own."""
-
-COPIES = ("ControlNet", "ControlNet Union")
-"""The kinds of network that hold a whole copy of their base's encoder."""
+# -- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def to_file(
-    network: Any, layout: str = "ldm", dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    network: ControlNetwork,
+    layout: str = "ldm",
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[Weights, dict[str, str]]:
     """The tensors of the file of a network of ours, on the CPU, and its metadata, for `write`.
 
-    `layout` is one of `LAYOUTS[network.kind]`. `dtype` None keeps what each tensor has. `metadata` is that of the file
-    that the network was loaded from: it is kept, with what shapes do not tell and the plain facts added. Loading the
-    file gives each tensor back bit for bit, at the file's dtype.
+    `layout` is one of those in the record of its kind. `dtype` None keeps what each tensor has. `metadata` is that of
+    the file that the network was loaded from: it is kept, with what shapes do not tell and the plain facts added.
+    Loading the file gives each tensor back bit for bit, at the file's dtype.
 
     Raises SaveError for a layout that this kind of network does not have, and for numbers beyond `dtype`'s range.
     """
@@ -74,7 +48,7 @@ def to_file(
 
 
 def to_transferred_file(
-    network: Any,
+    network: ControlNetwork,
     base: State,
     target: State,
     layout: str = "ldm",
@@ -82,7 +56,7 @@ def to_transferred_file(
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[Weights, dict[str, str]]:
     """As `to_file`, moved from the UNet weights `base` to those of `target` (`transfer`)."""
-    if network.kind not in COPIES:
+    if not kind_of(network).copies_encoder:
         raise SaveError(
             f"a {network.kind} holds no copy of a base model to exchange: use it with the other model as is"
         )
@@ -90,21 +64,22 @@ def to_transferred_file(
 
 
 def to_difference_file(
-    network: Any, base: State, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    network: ControlNetwork, base: State, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
 ) -> tuple[Weights, dict[str, str]]:
     """As `to_file`, holding what a ControlNet adds to the UNet weights `base` (`difference`); `dtype` None is fp32."""
-    if network.kind != "ControlNet":
+    if not any(form.needs_base for form in kind_of(network).formats):
         raise SaveError(f"difference files exist of ControlNets only, found a {network.kind}: save its own weights")
     weights, metadata = _file(network, network.state_dict(), "ldm", None, metadata)
     return _cast(difference(weights, base), dtype or torch.float32), {**metadata, "content": "difference"}
 
 
 def _file(
-    network: Any, weights: State, layout: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    network: ControlNetwork, weights: State, layout: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
 ) -> tuple[Weights, dict[str, str]]:
-    known = LAYOUTS[network.kind]
-    if layout not in known:
-        raise SaveError(f"a {network.kind} is not published in the {layout} layout: choose {' or '.join(known)}")
+    kind = kind_of(network)
+    if layout not in kind.layouts:
+        choices = " or ".join(kind.layouts)
+        raise SaveError(f"a {network.kind} is not published in the {layout} layout: choose {choices}")
     facts = {
         "format": "pt",  # what torch's own tools look for
         "made_by": "ZeroConv",
@@ -113,17 +88,7 @@ def _file(
         "layout": layout,
         "content": "control",
     }
-    return _cast(known[layout](network, weights), dtype), {**(metadata or {}), **_heads(network), **facts}
-
-
-def _heads(network: Any) -> dict[str, str]:
-    """The metadata that `read_unet_config` needs to find this network's heads, which no shape tells."""
-    if not isinstance(network, ControlNet):
-        return {}
-    config, guess = network.config, read_unet_config(full_shapes(network.state_dict()))
-    if config.num_heads == guess.num_heads and (config.num_heads or config.head_dim == guess.head_dim):
-        return {}
-    return {"num_heads": str(config.num_heads)} if config.num_heads else {"head_dim": str(config.head_dim)}
+    return _cast(kind.layouts[layout](network, weights), dtype), {**(metadata or {}), **kind.metadata(network), **facts}
 
 
 def _cast(weights: State, dtype: torch.dtype | None) -> Weights:
@@ -206,19 +171,12 @@ def write(path: Path, weights: State, metadata: Mapping[str, str] | None = None)
 
     Raises SaveError with the system's reason and the room that there is.
     """
-    # A name that no loader lists, in the same folder, so that the last step is one rename.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_apart(weights), temporary, dict(metadata or {}))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(_apart(weights), temporary, dict(metadata or {}))
     except (OSError, SafetensorError) as error:
         raise SaveError(_failure(path, weights, error)) from error
-    finally:
-        with suppress(OSError):  # what went wrong has been said; here is only what it left
-            temporary.unlink(missing_ok=True)
 
 
 def _apart(weights: State) -> Weights:

@@ -1,11 +1,12 @@
 """The hyperparameters of a UNet or ControlNet, read from the shapes of its weights, and which control fits which model.
 
-The keys are ldm's, without prefix: `formats` makes them so.
+The keys are ldm's, without prefix: `files.layouts` makes them so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,9 +39,7 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
     linear = any(key.endswith(".1.proj_in.weight") and tensor.ndim == 2 for key, tensor in state.items())
     contexts = [tensor for key, tensor in state.items() if key.endswith(".attn2.to_k.weight")]
     pooled = shape_of(state, "label_emb.0.0.weight", 2) if "label_emb.0.0.weight" in state else None
-    is_sd1 = model_channels == SD1_WIDTH and not linear and pooled is None
-    num_heads, head_dim = _heads(metadata or {}, default=(SD1_HEADS, HEAD_DIM) if is_sd1 else (0, HEAD_DIM))
-    return UNetConfig(
+    config = UNetConfig(
         in_channels=in_channels,
         out_channels=shape_of(state, "out.2.weight", 4)[0] if "out.2.weight" in state else 4,
         model_channels=model_channels,
@@ -49,11 +48,19 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         transformer_depth=tuple(level[0].depth for level in levels),
         transformer_depth_middle=_middle_depth(state),
         context_dim=contexts[0].shape[-1] if contexts else 0,
-        num_heads=num_heads,
-        head_dim=head_dim,
         use_linear=linear,
         adm_in_channels=pooled[1] if pooled else None,
     )
+    num_heads, head_dim = _heads(metadata or {}, default=_usual_heads(config))
+    return replace(config, num_heads=num_heads, head_dim=head_dim)
+
+
+def heads_metadata(config: UNetConfig) -> dict[str, str]:
+    """The metadata with which `read_unet_config` finds these heads; empty where it would without."""
+    num_heads, head_dim = _usual_heads(config)
+    if config.num_heads == num_heads and (num_heads or config.head_dim == head_dim):
+        return {}
+    return {"num_heads": str(config.num_heads)} if config.num_heads else {"head_dim": str(config.head_dim)}
 
 
 def check_heads(config: UNetConfig) -> None:
@@ -70,20 +77,13 @@ def check_heads(config: UNetConfig) -> None:
             )
 
 
-def family(config: UNetConfig) -> str:
-    """SDXL, SD2.x or SD1.x: the layout that a configuration has, at any width."""
-    if config.adm_in_channels is not None and len(config.channel_mult) == 3:  # SD2.1 unCLIP has a pooled vector too
-        return "SDXL"
-    return "SD2.x" if config.use_linear else "SD1.x"
-
-
 def describe_mismatch(control: UNetConfig, model: UNetConfig, kind: str = "ControlNet") -> str | None:
     """Why a control of this kind and configuration does not fit the model, in one sentence; `None` when it fits.
 
     Transformers may differ in depth: residuals do not depend on it (SDXL has controls with no attention at all). A
     model that takes more than the latent (inpainting) hands its control the latent alone.
     """
-    ours, theirs = family(control), family(model)
+    ours, theirs = control.family, model.family
     if ours != theirs:
         return f"this {kind} is made for {ours}, the model is {theirs}: load a control made for {theirs}"
     latents = {model.in_channels, model.out_channels}
@@ -161,6 +161,12 @@ def _middle_depth(state: State) -> int:
             "a ResBlock, a transformer and another ResBlock, or one ResBlock alone"
         )
     return numbered(state, "middle_block.1.transformer_blocks.")
+
+
+def _usual_heads(config: UNetConfig) -> tuple[int, int]:
+    """(number of heads or 0, channels a head) of published models of this width and layout."""
+    is_sd1 = config.model_channels == SD1_WIDTH and not config.use_linear and config.adm_in_channels is None
+    return (SD1_HEADS if is_sd1 else 0), HEAD_DIM
 
 
 def _heads(metadata: Mapping[str, str], default: tuple[int, int]) -> tuple[int, int]:

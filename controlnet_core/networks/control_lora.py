@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..keys import State, Weights, times
-from .configuration import ConfigurationError, check_heads, family, read_unet_config
+from .configuration import ConfigurationError, check_heads, read_unet_config
 from .controlnet import HINT_ENCODERS, BaseMismatch, ControlNet, read_hint_encoder
 from .unet import UNetConfig
 
@@ -199,9 +199,18 @@ class ControlLora(ControlNet):
             if ours != theirs:
                 return (
                     f"this {self.family} Control-LoRA runs on the layers of a model with {ours} {what}, the "
-                    f"{family(model)} model has {theirs}: load one made for this model"
+                    f"{model.family} model has {theirs}: load one made for this model"
                 )
         return None
+
+    def describe(self) -> dict[str, str]:
+        """What it takes and gives, in a user's words; also its ranks, and how much of it is the base's."""
+        smallest, largest = self.ranks
+        layers = sum(1 for _ in self.borrowed())
+        return super().describe() | {
+            "rank": f"{smallest}" if smallest == largest else f"{smallest} to {largest}",
+            "base": f"{layers} layers are borrowed from the model that it is applied to",
+        }
 
     def bind(self, base: nn.Module) -> None:
         """Borrow the layers of `base`, any module tree with ldm names, until `unbind` or the next `bind`.

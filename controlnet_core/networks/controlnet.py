@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..keys import State
-from .configuration import check_heads, describe_mismatch, family, read_unet_config
+from .configuration import check_heads, describe_mismatch, read_unet_config
+from .network import describe_hint
 from .recompute import recomputed
 from .residuals import Residuals
 from .unet import Encoder, UNetConfig
@@ -96,6 +97,7 @@ class ControlBranch(nn.Module):
     """
 
     kind: str
+    config: UNetConfig
 
     def _connect(
         self, config: UNetConfig, hint_channels: int, hint_encoder: str, *, operations: Any = nn, **place: Any
@@ -111,6 +113,18 @@ class ControlBranch(nn.Module):
         )
         deepest = config.skip_channels[-1]
         self.middle_block_out = nn.Sequential(zero_convolution(deepest, deepest, operations=operations, **place))
+
+    def describe(self) -> dict[str, str]:
+        """What it takes and gives, in a user's words."""
+        config = self.config
+        return {
+            "hint": describe_hint(self.hint_channels),
+            "residuals": f"{len(config.skip_channels)}+1",
+            "width": f"{config.model_channels} channels, multipliers {' '.join(map(str, config.channel_mult))}",
+            "text": f"{config.context_dim} numbers a token"
+            if config.context_dim
+            else "not read, it has no attention to it",
+        }
 
     def connections(self) -> Iterator[nn.Module]:
         """The convolutions that start at 0: the hint encoder's last, one for each encoder block, the middle's."""
@@ -196,7 +210,7 @@ class ControlNet(Encoder, ControlBranch):
     @property
     def family(self) -> str:
         """SD1.x, SD2.x or SDXL."""
-        return family(self.config)
+        return self.config.family
 
     def mismatch(self, model: UNetConfig) -> str | None:
         """Why this does not fit the model, in one sentence; `None` when it fits."""

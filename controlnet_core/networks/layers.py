@@ -2,12 +2,13 @@
 
 Attribute names are state-dict keys of published weights (CompVis/stable-diffusion, Stability-AI/generative-models)
 and keep the ldm spelling exactly. `operations` is a namespace with `Linear`, `Conv2d`, `GroupNorm` and `LayerNorm`:
-`torch.nn` by default, the host's offloading layers inside ComfyUI.
+`torch.nn` by default, the host's offloading layers inside ComfyUI. It may bring its own `multi_head_attention` too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,12 +54,37 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + recomputed(self.out_layers, h)
 
 
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, precision: torch.dtype | None) -> Tensor:  # noqa: ARG001
+    """Attention of q (B, N, dim) over k and v (B, T, dim), cut into `heads`: (B, N, dim), by torch's own kernels.
+
+    `precision` is the dtype that the model asks for in the products of q and k, `None` where theirs will do. Kernels
+    that hold these products in q's dtype need it; torch's sum in fp32 anyhow.
+    """
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+def attention_of(operations: Any) -> Callable[[Tensor, Tensor, Tensor, int, torch.dtype | None], Tensor]:
+    """The `multi_head_attention` that `operations` bring, else torch's."""
+    return getattr(operations, "multi_head_attention", multi_head_attention)
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of x (B, N, dim) over `context` (B, T, context_dim); over itself when that is None."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, *, operations: Any = nn, **place: Any):
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        *,
+        precision: torch.dtype | None = None,
+        operations: Any = nn,
+        **place: Any,
+    ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.precision = heads, precision
+        self.attend = attention_of(operations)
         self.to_q = operations.Linear(dim, dim, bias=False, **place)
         self.to_k = operations.Linear(context_dim, dim, bias=False, **place)
         self.to_v = operations.Linear(context_dim, dim, bias=False, **place)
@@ -66,11 +92,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (
-            rearrange(t, "b n (h d) -> b h n d", h=self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(self.attend(q, k, v, self.heads, self.precision))
 
 
 class GEGLU(nn.Module):
@@ -103,11 +126,20 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the context, feed-forward; each with a residual connection."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, *, operations: Any = nn, **place: Any):
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        *,
+        precision: torch.dtype | None = None,
+        operations: Any = nn,
+        **place: Any,
+    ):
         super().__init__()
-        self.attn1 = CrossAttention(dim, dim, heads, operations=operations, **place)
+        self.attn1 = CrossAttention(dim, dim, heads, precision=precision, operations=operations, **place)
         self.ff = FeedForward(dim, operations=operations, **place)
-        self.attn2 = CrossAttention(dim, context_dim, heads, operations=operations, **place)
+        self.attn2 = CrossAttention(dim, context_dim, heads, precision=precision, operations=operations, **place)
         self.norm1 = operations.LayerNorm(dim, **place)
         self.norm2 = operations.LayerNorm(dim, **place)
         self.norm3 = operations.LayerNorm(dim, **place)
@@ -122,7 +154,16 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of (B, C, H, W); projections are 1x1 convolutions in SD1.x, linear later."""
 
     def __init__(
-        self, dim: int, context_dim: int, heads: int, depth: int, linear: bool, *, operations: Any = nn, **place: Any
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        depth: int,
+        linear: bool,
+        *,
+        precision: torch.dtype | None = None,
+        operations: Any = nn,
+        **place: Any,
     ):
         super().__init__()
         self.linear = linear
@@ -131,7 +172,8 @@ class SpatialTransformer(nn.Module):
         self.norm = operations.GroupNorm(32, dim, eps=1e-6, **place)
         self.proj_in = project(dim, dim, *kernel, **place)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(dim, context_dim, heads, operations=operations, **place) for _ in range(depth)
+            TransformerBlock(dim, context_dim, heads, precision=precision, operations=operations, **place)
+            for _ in range(depth)
         )
         self.proj_out = project(dim, dim, *kernel, **place)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..keys import State, numbered, some
-from .configuration import ConfigurationError, family, shape_of
+from .configuration import ConfigurationError, shape_of
 from .controlnet import ControlBranch, read_hint_encoder
 from .layers import Downsample
 from .residuals import Residuals
@@ -66,7 +66,7 @@ class ControlNetLite(ControlBranch):
 
     def mismatch(self, model: UNetConfig) -> str | None:
         """Why it does not fit the model, in one sentence; `None` when it fits (SD2.x takes SD1.x's)."""
-        theirs, config = family(model), self.config
+        theirs, config = model.family, self.config
         for what, found, expected in (
             ("encoder blocks", (len(config.skip_channels),), (len(model.skip_channels),)),
             ("halvings of the latent before its skip connections", config.skip_levels, model.skip_levels),

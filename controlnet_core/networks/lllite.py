@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..keys import State
-from .configuration import ConfigurationError, family
+from .configuration import ConfigurationError
+from .network import describe_hint
 from .unet import UNet, UNetConfig
 
 PREFIX = "lllite_unet_"
@@ -100,6 +101,13 @@ class ControlLLLite(nn.ModuleDict):
         """Each network with its name."""
         yield from self.items()  # type: ignore[misc]
 
+    def describe(self) -> dict[str, str]:
+        """What it takes and gives, in a user's words."""
+        return {
+            "hint": describe_hint(self.hint_channels),
+            "modules": f"{len(self)}, each shifts what one layer of the model is given",
+        }
+
     def encode_hint(self, hint: Tensor) -> dict[str, Tensor]:
         """The embeddings of a hint (B,3,8H,8W) in 0..1, by layer, (B,e,h,w) at the layer's own size; once per size."""
         height, width = hint.shape[2:]
@@ -142,7 +150,7 @@ class ControlLLLite(nn.ModuleDict):
 
         Its layers are looked for in `unet`, or, without one, in what a UNet of that configuration would have.
         """
-        theirs = family(model)
+        theirs = model.family
         if theirs != self.family:
             return (
                 f"this ControlLLLite is made for {self.family}, the model is {theirs}: use it with an {self.family} "
@@ -156,11 +164,6 @@ class ControlLLLite(nn.ModuleDict):
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
-
-
-def canonicalize(state: State) -> dict[str, Tensor]:
-    """The published keys are the canonical ones."""
-    return dict(state)
 
 
 def build(

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..keys import Condition, State, Weights, has, numbered, renamed, some
-from .configuration import ConfigurationError, family, shape_of
+from .configuration import ConfigurationError, shape_of
 from .layers import Downsample
+from .network import describe_hint
 from .residuals import Residuals
 from .unet import UNetConfig
 
@@ -25,7 +26,7 @@ class AdapterError(ValueError):
 
 
 @dataclass(frozen=True)
-class Sockets:
+class InjectionPoints:
     """Where the four feature maps go in a UNet of `encoder_blocks` blocks.
 
     `places[i]` is the encoder block after which feature i is added, or `encoder_blocks` for the middle block; `levels`
@@ -38,9 +39,9 @@ class Sockets:
     levels: tuple[int, ...]
 
 
-SOCKETS = {
-    8: Sockets("SD1.x", encoder_blocks=12, places=(2, 5, 8, 11), levels=(0, 1, 2, 3)),
-    16: Sockets("SDXL", encoder_blocks=9, places=(3, 5, 8, 9), levels=(1, 1, 2, 2)),
+INJECTION_POINTS = {
+    8: InjectionPoints("SD1.x", encoder_blocks=12, places=(2, 5, 8, 11), levels=(0, 1, 2, 3)),
+    16: InjectionPoints("SDXL", encoder_blocks=9, places=(3, 5, 8, 9), levels=(1, 1, 2, 2)),
 }
 """By the side of the pixel blocks that an adapter unshuffles (TencentARC/T2I-Adapter, for SD1.x ldm/modules/
 diffusionmodules/openaimodel.py and for SDXL models/unet.py; diffusers, unet_2d_condition.py, does the same)."""
@@ -49,8 +50,8 @@ STAGES = 4
 """Every published adapter has four stages; how many blocks a stage has follows from it."""
 
 TAKES = {"SD1.x": "SD1.x", "SD2.x": "SD1.x", "SDXL": "SDXL"}
-"""Which adapters a model takes. SD2.x has SD1.x's sockets and an adapter reads no text, so it runs there as well; it
-was trained beside SD1.x all the same."""
+"""Which adapters a model takes. SD2.x's encoder has SD1.x's features and an adapter reads no text, so it runs there as
+well; it was trained beside SD1.x all the same."""
 
 
 @dataclass(frozen=True)
@@ -129,21 +130,21 @@ class LightStage(nn.Module):
 
 
 class T2IAdapter(nn.Module):
-    """A T2I-Adapter, full or light, for the UNets of SD1.x (SD2.x has the same sockets) or of SDXL."""
+    """A T2I-Adapter, full or light, for the UNets of SD1.x (SD2.x's encoder has the same features) or of SDXL."""
 
     kind = "T2I-Adapter"
 
     def __init__(self, config: AdapterConfig, *, operations: Any = nn, **place: Any):
         super().__init__()
         self.config = config
-        self.sockets = SOCKETS[config.hint_multiple]
+        self.points = INJECTION_POINTS[config.hint_multiple]
         unshuffled = config.hint_channels * config.hint_multiple**2
         first = unshuffled if config.light else config.channels[0]
         self.conv_in = None if config.light else operations.Conv2d(unshuffled, first, 3, padding=1, **place)
         self.body = nn.ModuleList()
         for stage, (channels, out_channels) in enumerate(zip((first, *config.channels), config.channels)):
             halve = None
-            if stage > 0 and self.sockets.levels[stage] > self.sockets.levels[stage - 1]:
+            if stage > 0 and self.points.levels[stage] > self.points.levels[stage - 1]:
                 halve = nn.AvgPool2d(2, ceil_mode=True)
                 if config.learned_halving:
                     halve = Downsample(channels, operations=operations, **place)
@@ -161,7 +162,7 @@ class T2IAdapter(nn.Module):
     @property
     def family(self) -> str:
         """SD1.x or SDXL: the models that it was trained beside."""
-        return self.sockets.family
+        return self.points.family
 
     @property
     def hint_channels(self) -> int:
@@ -173,9 +174,19 @@ class T2IAdapter(nn.Module):
         """Width and height of a hint must be multiples of this: round 8 times the latent's size up to it."""
         return self.config.hint_multiple
 
+    def describe(self) -> dict[str, str]:
+        """What it takes and gives, in a user's words."""
+        config, points = self.config, self.points
+        places = ("the middle" if place == points.encoder_blocks else str(place) for place in points.places)
+        return {
+            "variant": "light" if config.light else "full",
+            "hint": describe_hint(self.hint_channels, self.hint_multiple),
+            "features": f"{' '.join(map(str, config.channels))} channels, after encoder blocks {', '.join(places)}",
+        }
+
     def mismatch(self, model: UNetConfig) -> str | None:
         """Why the adapter does not fit the model, in one sentence; `None` when it fits (SD2.x takes SD1.x's)."""
-        theirs, sockets = family(model), self.sockets
+        theirs, points = model.family, self.points
         if TAKES[theirs] != self.family:
             also = "" if TAKES[theirs] == theirs else f", which {theirs} takes too"
             return (
@@ -184,15 +195,15 @@ class T2IAdapter(nn.Module):
             )
         load = "load a T2I-Adapter made for this model"
         blocks = len(model.skip_channels)
-        if blocks != sockets.encoder_blocks:
+        if blocks != points.encoder_blocks:
             return (
-                f"this {self.family} T2I-Adapter joins a UNet of {sockets.encoder_blocks} encoder blocks, "
+                f"this {self.family} T2I-Adapter joins a UNet of {points.encoder_blocks} encoder blocks, "
                 f"the {theirs} model has {blocks}: {load}"
             )
-        deepest = [min(place, blocks - 1) for place in sockets.places]  # the middle block is as the last encoder block
+        deepest = [min(place, blocks - 1) for place in points.places]  # the middle block is as the last encoder block
         for what, found, expected in (
             ("channels", self.config.channels, [model.skip_channels[i] for i in deepest]),
-            ("halvings of the latent", sockets.levels, [model.skip_levels[i] for i in deepest]),
+            ("halvings of the latent", points.levels, [model.skip_levels[i] for i in deepest]),
         ):
             if tuple(found) != tuple(expected):
                 found, expected = (" ".join(map(str, numbers)) for numbers in (found, expected))
@@ -201,6 +212,10 @@ class T2IAdapter(nn.Module):
                     f"the {theirs} model's encoder has {expected} there: {load}"
                 )
         return None
+
+    def encode_hint(self, hint: Tensor) -> Residuals:
+        """All that an adapter does: the residuals of a hint, which change with no step."""
+        return self(hint)
 
     def forward(self, hint: Tensor) -> Residuals:
         """Hint (B, hint_channels, H, W) in 0..1 -> the four features as residuals that join the encoder itself.
@@ -221,9 +236,9 @@ class T2IAdapter(nn.Module):
         x = F.pixel_unshuffle(hint, multiple)
         if self.conv_in is not None:
             x = self.conv_in(x)
-        added: list[Tensor | None] = [None] * (self.sockets.encoder_blocks + 1)
+        added: list[Tensor | None] = [None] * (self.points.encoder_blocks + 1)
         every = len(self.body) // STAGES
-        for stage, place in enumerate(self.sockets.places):
+        for stage, place in enumerate(self.points.places):
             for block in self.body[every * stage : every * (stage + 1)]:
                 x = block(x)
             added[place] = x

@@ -38,9 +38,24 @@ class UNetConfig:
     use_linear: bool = False
     adm_in_channels: int | None = None
 
+    @property
+    def family(self) -> str:
+        """SDXL, SD2.x or SD1.x: the layout, at any width."""
+        if self.adm_in_channels is not None and len(self.channel_mult) == 3:  # SD2.1 unCLIP has a pooled vector too
+            return "SDXL"
+        return "SD2.x" if self.use_linear else "SD1.x"
+
     def heads(self, channels: int) -> int:
         """Number of attention heads at a width of `channels`."""
         return self.num_heads or channels // self.head_dim
+
+    @property
+    def attention_precision(self) -> torch.dtype | None:
+        """The dtype for products of queries and keys, `None` for theirs: SD2.x's are too large for fp16.
+
+        (Stability-AI/stablediffusion, ldm/modules/attention.py, ATTN_PRECISION.)
+        """
+        return torch.float32 if self.family == "SD2.x" else None
 
     @property
     def time_embed_dim(self) -> int:
@@ -132,7 +147,14 @@ class Encoder(nn.Module):
         config = self.config
         heads = config.heads(channels)
         return SpatialTransformer(
-            channels, config.context_dim, heads, depth, config.use_linear, operations=operations, **place
+            channels,
+            config.context_dim,
+            heads,
+            depth,
+            config.use_linear,
+            precision=config.attention_precision,
+            operations=operations,
+            **place,
         )
 
     def embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> Tensor:

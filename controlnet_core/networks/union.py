@@ -19,14 +19,13 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..keys import State, numbered
 from .configuration import check_heads, read_unet_config, shape_of
 from .controlnet import ControlNet
-from .layers import timestep_embedding
+from .layers import attention_of, timestep_embedding
 from .residuals import Residuals
 from .unet import UNetConfig
 
@@ -55,12 +54,13 @@ class BatchAttention(nn.Module):
 
     def __init__(self, dim: int, *, operations: Any = nn, **place: Any):
         super().__init__()
+        self.attend = attention_of(operations)
         self.in_proj = operations.Linear(dim, 3 * dim, **place)
         self.out_proj = operations.Linear(dim, dim, **place)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.in_proj(x), "b (qkv h d) -> qkv h b d", qkv=3, h=HEADS)
-        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "h b d -> b (h d)"))
+        q, k, v = rearrange(self.in_proj(x), "b (qkv dim) -> qkv 1 b dim", qkv=3)
+        return self.out_proj(self.attend(q, k, v, HEADS, None)[0])
 
 
 class QuickGELU(nn.Module):
@@ -129,6 +129,10 @@ class UnionControlNet(ControlNet):
                 linear_2=operations.Linear(emb, emb, **place),
             )
         )
+
+    def describe(self) -> dict[str, str]:
+        """What it takes and gives, in a user's words; also the types of hint that it knows."""
+        return super().describe() | {"types": f"{self.n_types}: {', '.join(TYPES[: self.n_types])}"}
 
     def fuse(self, features: Sequence[Tensor], types: Sequence[int], strengths: Sequence[float]) -> Tensor:
         """The guided hint of one or more hints: (B, model_channels, H, W).

@@ -1,7 +1,8 @@
-"""A training on disk: all of it in one safetensors file, written whole or not at all."""
+"""A training on disk: all of it in one safetensors file, written whole or not at all, and the control it ends with."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import saving
 from ..files.loading import LoadError, read_weights
 from ..files.saving import write
-from ..keys import Weights
+from ..files.writing import sweep
+from ..keys import State, Weights
+from .controlled_unet import ControlledUNet
 from .options import STRUCTURE, OptionsError, TrainingOptions
 
 log = logging.getLogger(__name__)
@@ -29,7 +33,7 @@ class Checkpoint:
 
     `tensors` are named `model.`, `optimizer.<state>.` and `average.` with the parameter's name behind. `facts` is
     plain data: options, measurements, seconds, and what the base and the data are recognized by. Chance and data
-    position need no room: both follow from the seed and the step.
+    position need no room: both follow from the seed and the step (a training whose chance does not, adds it).
     """
 
     step: int
@@ -55,9 +59,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Remove the temporary files that a process left in `folder` when it was killed while it wrote."""
-    for left in folder.glob(".*.*.*.tmp"):  # .NAME.SUFFIX.UNIQUE.tmp, as `saving.write` and the log call them
-        left.unlink(missing_ok=True)
+    """Remove what a process left in `folder`, of any file with a suffix, when it was killed while it wrote."""
+    sweep(folder, "*.*")
 
 
 def files(folder: Path) -> list[Path]:
@@ -89,6 +92,21 @@ def newest(folder: Path) -> Checkpoint | None:
             f"{folder}: none of its {len(found)} checkpoints can be read: delete them to begin again at step 0"
         )
     return None
+
+
+def kept(folder: Path) -> str:
+    """What a training that ends here goes on from, in words."""
+    found = files(folder)
+    return f"{found[-1].name} is kept, and training goes on from it." if found else "No checkpoint was written yet."
+
+
+def fingerprint(base: State) -> str:
+    """What a base is recognized by: a hash over the names, the shapes and a few numbers of each tensor."""
+    found = hashlib.sha256()
+    for key in sorted(base):
+        few = base[key].flatten()[:16].to("cpu", torch.float32)
+        found.update(f"{key}{tuple(base[key].shape)}".encode() + few.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def check(saved: Checkpoint, options: TrainingOptions, facts: dict[str, Any]) -> None:
@@ -130,3 +148,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Weights, names:
         # A copy: tensors of a file may be mapped, and a mapped file cannot be deleted on Windows.
         state.setdefault(numbers[name], {})[kind] = int(tensor) if plain else tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# -- what a training ends with ----------------------------------------------------------------------------------------
+
+
+def write_control(folder: Path, controlled: ControlledUNet, options: TrainingOptions, step: int) -> None:
+    """The control as `control.safetensors`; with an unlocked decoder the whole UNet too, as `unet.safetensors`.
+
+    The UNet's tensors are named as in a checkpoint of the whole model. Raises SaveError.
+    """
+    facts = {"trained_steps": str(step), "prediction": options.prediction}
+    saving.write(folder / "control.safetensors", *saving.to_file(controlled.control, metadata=facts))
+    if options.unlock_decoder:
+        weights = {f"model.diffusion_model.{key}": tensor for key, tensor in controlled.unet.state_dict().items()}
+        saving.write(folder / "unet.safetensors", weights)

@@ -36,8 +36,8 @@ class Run:
     options: TrainingOptions
 
 
-def read(path: Path, instead: Mapping[str, Any]) -> Run:
-    """The training that the TOML file describes, with the options `instead` in place of its own.
+def read(path: Path, overrides: Mapping[str, Any]) -> Run:
+    """The training that the TOML file describes, with the options `overrides` in place of its own.
 
     Relative paths are relative to the file. Raises ConfigError, and OptionsError for a value that no option takes.
     """
@@ -63,7 +63,7 @@ def read(path: Path, instead: Mapping[str, Any]) -> Run:
             raise ConfigError(f"{path} {said} {_place(section, key)}: --defaults prints a whole file to begin with")
         paths[key] = path.absolute().parent / Path(value).expanduser()
     prediction = {key: value for key, value in found["model"].items() if key == "prediction"}
-    options = TrainingOptions(**{**prediction, **found.get("training", {}), **instead})
+    options = TrainingOptions(**{**prediction, **found.get("training", {}), **overrides})
     return Run(paths["base"], paths["dataset"], paths["output"], options)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.dataset import Batch
 from ..files import saving
 from ..keys import State
 from ..networks.control_lora import ControlLora
 from ..networks.controlnet import BaseMismatch, ControlNet, connect
-from ..networks.layers import Block, timestep_embedding
+from ..networks.layers import Block
 from ..networks.lite import ControlNetLite
 from ..networks.residuals import Residuals
 from ..networks.unet import UNet, UNetConfig
@@ -60,7 +57,7 @@ class ControlledUNet(nn.Module):
 
 
 def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int) -> ControlledUNet:
-    """The controlled at step 0, on the CPU, its control in fp32.
+    """The controlled UNet at step 0, on the CPU, its control in fp32.
 
     `base` holds the whole UNet's weights, ldm keys without prefix. The control begins as the seed says, whatever was
     drawn before. Raises controlnet.BaseMismatch where the weights are not those of `config`.
@@ -105,35 +102,3 @@ def _locked(options: TrainingOptions, base: State, config: UNetConfig) -> UNet:
     unet.output_blocks.requires_grad_(options.unlock_decoder)
     unet.out.requires_grad_(options.unlock_decoder)
     return unet
-
-
-def vector(batch: Batch, pooled: Tensor | None) -> Tensor | None:
-    """SDXL's vector y (B, D + 6*256): pooled text, then sizes and crop as sinusoids; `None` for other families.
-
-    (Stability-AI/generative-models, sgm/modules/encoders/modules.py.)
-    """
-    if pooled is None or batch.sizes is None:
-        return None
-    numbers = timestep_embedding(batch.sizes.flatten().float(), 256).reshape(len(pooled), -1)
-    return torch.cat([pooled, numbers.to(pooled)], dim=1)
-
-
-def contexts(batch: Batch, empty: Tensor, nothing: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Context (B,T,C) and pooled text (B,D) with the empty prompt where `empty` (B,) says so."""
-    context, pooled = nothing
-    # Attention over a context that is repeated as a whole is the same.
-    repeats = batch.context.shape[1] // context.shape[0]
-    chosen = torch.where(empty[:, None, None], context.repeat(repeats, 1)[None], batch.context)
-    if batch.pooled is None or pooled is None:
-        return chosen, None
-    return chosen, torch.where(empty[:, None], pooled[None], batch.pooled)
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`."""
-    tensors = {
-        name: value.to(device, non_blocking=True)
-        for name in ("latents", "context", "pooled", "sizes", "hints")
-        if (value := getattr(batch, name)) is not None
-    }
-    return replace(batch, **tensors)

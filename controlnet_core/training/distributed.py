@@ -28,6 +28,11 @@ class Process:
     world: int = 1
     device: torch.device = torch.device("cpu")
 
+    def share(self, count: int) -> slice:
+        """Which of `count` examples are this process's; `count` is a multiple of `world`."""
+        each = count // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
     def gather(self, number: int) -> list[int]:
         """The number that each process gives, by rank; waits for all of them."""
         if self.world == 1:
@@ -49,7 +54,7 @@ class Process:
 ALONE = Process()
 
 
-def described(environment: Mapping[str, str]) -> Process:
+def from_environment(environment: Mapping[str, str]) -> Process:
     """The process that the environment speaks of (RANK, WORLD_SIZE, LOCAL_RANK), with its device; alone if it does not.
 
     CUDA device LOCAL_RANK where there is CUDA, else the CPU. Raises DistributedError for more processes on this machine
@@ -75,7 +80,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Process]:
     nccl on CUDA (gloo where torch lacks it), gloo on the CPU. Raises DistributedError when the others do not appear,
     end, or do not answer for `PATIENCE`.
     """
-    process = described(environment)
+    process = from_environment(environment)
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     if process.world == 1:

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.dataset import Batch
+from ..data.dataset import Batch, Dataset, TextEmbedding, to_device
 from ..diffusion import guide, sample_ddim
-from .controlled_unet import ControlledUNet, contexts, vector
+from .controlled_unet import ControlledUNet
+from .inputs import sdxl_vector, text_embeddings
 from .options import TrainingOptions
 
 Score = Callable[[Tensor, Batch], float]
 """(sampled latents (B,4,h,w), the held-out items), on the CPU -> how well samples follow hints; higher is better."""
 
 
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The pictures `items` of a dataset that are never trained on: sampled now and then, and scored."""
+
+    dataset: Dataset
+    items: Sequence[int]
+    alphas: Tensor
+    options: TrainingOptions
+    score: Score
+
+    def is_due(self, step: int) -> bool:
+        """Whether they are sampled after this step."""
+        every = self.options.sample_every
+        return bool(self.items) and every > 0 and (step % every == 0 or step == self.options.steps)
+
+    def measure(self, controlled: ControlledUNet) -> tuple[float, Tensor]:
+        """The score of samples of them all, and these samples: latents (B,4,h,w), on the CPU."""
+        device = self.alphas.device
+        context, pooled = self.dataset.empty_prompt
+        empty_prompt = context.to(device), None if pooled is None else pooled.to(device)
+        with self.options.autocast(device):
+            batch = to_device(self.dataset.read(self.items), device)
+            samples = sample(controlled, batch, empty_prompt, self.alphas, self.options).cpu()
+        return self.score(samples, self.dataset.read(self.items)), samples
+
+
 @torch.no_grad()
 def sample(
-    controlled: ControlledUNet,
-    batch: Batch,
-    nothing: tuple[Tensor, Tensor | None],
-    alphas: Tensor,
-    options: TrainingOptions,
+    controlled: ControlledUNet, batch: Batch, empty_prompt: TextEmbedding, alphas: Tensor, options: TrainingOptions
 ) -> Tensor:
     """Latents (B,4,h,w) for the items of `batch`, with prompt and hint, each from the noise of its place and the seed.
 
-    `nothing` is the empty prompt's context and pooled text, for the other half of guidance; the control is on both.
+    `empty_prompt` is for the other half of guidance; the control is on both.
     """
     shape, device = batch.latents.shape, batch.latents.device
     noise = torch.stack(
         [torch.randn(shape[1:], generator=torch.Generator().manual_seed(options.seed + i)) for i in range(shape[0])]
     ).to(device)
     guided = options.guidance_scale != 1
-    all_of, none_of = (torch.full((shape[0],), flag, device=device) for flag in (True, False))
-    halves = [contexts(batch, empty, nothing) for empty in ([none_of, all_of] if guided else [none_of])]
+    own, empty = (torch.full((shape[0],), flag, device=device) for flag in (False, True))
+    halves = [text_embeddings(batch, half, empty_prompt) for half in ([own, empty] if guided else [own])]
     context = torch.cat([context for context, _ in halves])
-    y = [vector(batch, pooled) for _, pooled in halves]
-    ys = None if y[0] is None else torch.cat([part for part in y if part is not None])
+    vectors = [y for _, pooled in halves if (y := sdxl_vector(pooled, batch.sizes)) is not None]
+    y = torch.cat(vectors) if vectors else None
     guided_hint = controlled.control.encode_hint(batch.hints).repeat(len(halves), 1, 1, 1)
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
         n = len(halves)
-        found = controlled.predict(x.repeat(n, 1, 1, 1), timesteps.repeat(n), context, guided_hint, ys).float()
+        found = controlled.predict(x.repeat(n, 1, 1, 1), timesteps.repeat(n), context, guided_hint, y).float()
         if not guided:
             return found
         cond, uncond = found.chunk(2)

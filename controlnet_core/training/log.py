@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
-from uuid import uuid4
 
+from ..files.writing import replacing
 from .convergence import Average
 
 if TYPE_CHECKING:
@@ -205,7 +203,8 @@ class Table:
             rows.append(row)
         kept = "".join(f"{line}\n" for line in (header, *(",".join(row) for row in rows))).encode()
         if kept != found:
-            _write(self.path, kept)
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(kept)
         return rows
 
     def add(self, values: Sequence[float | None]) -> None:
@@ -228,20 +227,6 @@ class Table:
 def _digits(value: float | None) -> str:
     """A number with all its digits; a numpy one is written as Python's."""
     return "" if value is None else repr(value if isinstance(value, int) else float(value))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):  # what went wrong has been said; here is only what it left
-            temporary.unlink(missing_ok=True)
 
 
 def _events(folder: Path, step: int, options: Mapping[str, object]) -> Any:

@@ -18,11 +18,11 @@ class Draws:
 
     timesteps: Tensor
     noise: Tensor
-    empty: Tensor
+    empty_prompts: Tensor
 
     def part(self, which: slice) -> Draws:
         """The draws of some of the examples."""
-        return Draws(self.timesteps[which], self.noise[which], self.empty[which])
+        return Draws(self.timesteps[which], self.noise[which], self.empty_prompts[which])
 
 
 def draw(options: TrainingOptions, number: int, shape: torch.Size, timesteps: int = 1000) -> Draws:

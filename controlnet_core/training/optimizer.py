@@ -46,8 +46,12 @@ def factor(options: TrainingOptions, step: int) -> float:
 
 
 @torch.no_grad()
-def average(averages: Mapping[str, Tensor], parameters: Mapping[str, Tensor], decay: float, step: int) -> None:
-    """Move the averages towards the parameters after `step` steps; early ones with less decay (Karras et al., 2022)."""
+def average(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float, step: int) -> None:
+    """Move the averages towards the weights after `step` steps; early ones with less decay (Karras et al., 2022).
+
+    Whole numbers, as some buffers are, are taken as they are.
+    """
     decay = min(decay, step / (step + 10))
     for name, kept in averages.items():
-        kept.lerp_(parameters[name], 1 - decay)
+        weight = weights[name]
+        kept.lerp_(weight, 1 - decay) if kept.is_floating_point() else kept.copy_(weight)

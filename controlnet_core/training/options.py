@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
@@ -77,7 +78,7 @@ class TrainingOptions:
             if kind is float and type(value) is int:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:
-                raise OptionsError(f"{field.name} is {value!r}: expected {_KINDS[kind]}")
+                raise OptionsError(f"{field.name} is {value!r}: expected {_TYPES[kind]}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionsError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -94,6 +95,10 @@ class TrainingOptions:
     def dtype(self) -> torch.dtype:
         """The dtype that the networks compute in."""
         return PRECISIONS[self.precision]
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context in which networks with weights in fp32 compute at this precision on `device`."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """The options by name."""
@@ -162,7 +167,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainingOptions:
     return TrainingOptions(**values)
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 CHOICES = {
     "kind": KINDS,
     "connections": CONNECTIONS,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...controlnet_core.files.writing import replacing
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -78,9 +80,8 @@ def keep(work: Work, claim: Claim, findings: Findings) -> None:
     for name, picture in findings.pictures.items():
         save(picture, folder / f"{name}.jpg")
     whole = {"table": findings.table, "pictures": sorted(findings.pictures), "threads": torch.get_num_threads()}
-    aside = folder / f"{claim.name}.partial"
-    aside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-    aside.replace(folder / f"{claim.name}.json")
+    with replacing(folder / f"{claim.name}.json") as temporary:
+        temporary.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 def kept(work: Work, claim: Claim) -> tuple[str, list[Path]] | None:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -89,7 +89,7 @@ def step_of(side: str, size: Size) -> tuple[Step, nn.Module]:
     inputs = [noisy, timesteps, context]
     if side == "ControlNet":
         inputs.append(torch.rand(size.batch, 3, 8 * size.latent, 8 * size.latent))
-    mixed = nullcontext() if size.precision == "fp32" else torch.autocast("cpu", options.dtype)
+    mixed = options.autocast(noisy.device)
 
     def step() -> None:
         with mixed:

@@ -238,6 +238,7 @@ def control(work: Work, name: str) -> ControlNet | ControlNetLite:
     """The control of a finished training, in fp32 and ready for inference."""
     path = work.path("runs", name, "control.safetensors")
     network = load_control(*read_weights(path), name=path.name).control
+    assert isinstance(network, ControlNet | ControlNetLite)
     return network.eval().requires_grad_(False).to(parts()[0].place)
 
 

@@ -100,7 +100,5 @@ def fine_tuned(work: Work) -> UNet:
             predicted = unet(add_noise(clean, noise, timesteps, alphas), timesteps, context)
         return F.mse_loss(predicted.float(), noise)
 
-    path = work.path("nights.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fit(unet, loss_of_step, path, STEPS, lr=5e-4, ema_decay=0.98)
+    fit(unet, loss_of_step, work.path("nights"), STEPS, lr=5e-4, ema_decay=0.98)
     return unet.eval().requires_grad_(False)

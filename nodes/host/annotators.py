@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import comfy.model_management
 import folder_paths
 import torch
 
-from ... import annotators
 from ...annotators.fetching import fetch
 from ...annotators.images import AnnotatorError
 from ...annotators.networks import NETWORKS, Network
@@ -68,10 +66,8 @@ def _built(name: str, node_id: str | None) -> torch.nn.Module:
     """The network of this name, fresh from its files."""
     (network,) = (entry for entry in NETWORKS if entry.name == name)
     paths = fetch(network, folders(), transfer(node_id))
-    module, function = network.build.split(":")
-    build = getattr(import_module(f".{module}", annotators.__name__), function)
     try:
-        return build(*paths)
+        return network.load(paths)
     except (AnnotatorError, ImportError):
         raise
     except Exception as error:

@@ -6,7 +6,7 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -24,7 +24,7 @@ from ...controlnet_core.dosing.window import Window
 from ...controlnet_core.keys import times
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
-from ...controlnet_core.networks.unet import UNetConfig
+from ...controlnet_core.networks.unet import SD15, UNetConfig
 from . import run
 from .kept import Kept
 from .resize import POSITIONS, Resize, at_positions, resize, with_positions
@@ -93,8 +93,17 @@ class Hint:
         return made if self.count is None else piece.of_frames(made, self.count)
 
 
-class Control(comfy.controlnet.ControlBase):
+class HintsAsGiven:
+    """What stands for a network where others ask in which dtype a hint is wanted: as it is."""
+
+    dtype = torch.float32
+
+
+class Control(comfy.controlnet.ControlNet):
     """A control with a hint and a strength; what kind of control it is shows in `_residuals` alone.
+
+    It is one of the host's ControlNets in name alone, without a network of the host's: TiledKSampler tells no others of
+    their tiles, and asks them for a `device` and for the dtype of `control_model`.
 
     Others may cut the hint while a run goes on or before it: tiled samplers set `cond_hint` for each tile, upscalers
     replace `cond_hint_original` on a copy. A control with a mask therefore hands out a hint that says where its pixels
@@ -106,14 +115,16 @@ class Control(comfy.controlnet.ControlBase):
     context_length: int | None
 
     def __init__(self, name: str):
-        super().__init__()
+        super().__init__(None)
         self.name = name
+        self.device = comfy.model_management.get_torch_device()
+        self.control_model: Any = HintsAsGiven()
         self.dosing = Strength()
         self.resize: Resize = "crop"
         self.on_both_prompts = False
         self._uncut: Tensor | None = None
         self._channels = 0
-        self._working_memory = 0
+        self._held = _held(SD15.residual_shapes(64, 64), 1)  # until it is known
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -138,6 +149,10 @@ class Control(comfy.controlnet.ControlBase):
     def copy(self) -> Control:
         """Another control of the same network with the same settings."""
         raise NotImplementedError
+
+    def get_models(self) -> list[Any]:
+        """What the host loads with the model: here that of the controls before."""
+        return comfy.controlnet.ControlBase.get_models(self)
 
     def copy_to(self, c: Any) -> None:
         """The host's settings and ours; what a run has computed stays behind."""
@@ -202,17 +217,14 @@ class Control(comfy.controlnet.ControlBase):
 
     def expect(self, model: Any, frames: int, height: int, width: int) -> None:
         """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be."""
-        shapes = self._config_of(model).residual_shapes(height, width)
-        # Both halves of guidance at once, and a guided hint of the size of the first residual for each frame. What the
-        # control needs while it runs it gives back before the UNet takes as much or more.
-        self._working_memory = 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
+        self._held = _held(self._config_of(model).residual_shapes(height, width), frames)
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
         """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals."""
         return max(self._memory(dtype), super().inference_memory_requirements(dtype))
 
     def _memory(self, dtype: torch.dtype) -> float:
-        return self._working_memory * comfy.model_management.dtype_size(dtype)
+        return self._held * comfy.model_management.dtype_size(dtype)
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
@@ -376,6 +388,14 @@ class Control(comfy.controlnet.ControlBase):
     def _residuals(self, call: Call) -> Residuals:
         """The residuals of this call at strength 1."""
         raise NotImplementedError
+
+
+def _held(shapes: Sequence[tuple[int, ...]], frames: int) -> int:
+    """Numbers that a control leaves for the UNet: residuals for both halves of guidance, and guided hints.
+
+    What it needs while it runs it gives back before the UNet takes as much or more.
+    """
+    return 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
 
 
 def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from ...annotators import ANNOTATORS, pipeline
 from ...annotators.compare import resized
 from ...annotators.images import AnnotatorError, to_bytes, to_picture
 from ...controlnet_core.data import caching, sources
-from ...controlnet_core.data.caching import Annotate, Caching
+from ...controlnet_core.data.caching import Annotate, CachingProgress
 from ...controlnet_core.data.dataset import Dataset
 from ...controlnet_core.data.manifest import NAME, DatasetError
 from ...controlnet_core.data.pictures import PictureError
@@ -201,7 +201,7 @@ def annotator(name: str, resolution: int, node_id: str | None) -> Annotate:
 # -- what is said -----------------------------------------------------------------------------------------------------
 
 
-def _report(dataset: Dataset, layout: str, items: Sequence[Item], run: Caching) -> str:
+def _report(dataset: Dataset, layout: str, items: Sequence[Item], run: CachingProgress) -> str:
     files = [*dataset.manifest.prompts, *dataset.manifest.shards]
     buckets = ", ".join(f"{len(found)} of {width}x{height}" for (height, width), found in dataset.buckets.items())
     uncaptioned = sum(not item.prompt for item in items)

@@ -13,17 +13,18 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...controlnet_core.files.formats import OTHER_PARTS
+from ...controlnet_core.files.layouts import OTHER_PARTS
 from ...controlnet_core.files.loading import LoadedControl, load_control, read_weights, usual_dtype
 from ...controlnet_core.networks.control_lora import MARKER, ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
 from ...controlnet_core.networks.lite import ControlNetLite
 from ...controlnet_core.networks.lllite import ControlLLLite
+from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.union import UnionControlNet
 from ...lab.models import CONTROLS
 from .lllite import LLLiteControl
-from .models import dtypes, patcher_of
+from .models import dtypes, patcher_of, with_attention
 from .networks import (
     AdapterControl,
     ControlLoraControl,
@@ -34,7 +35,7 @@ from .networks import (
 )
 from .weights import base_weights
 
-KINDS: dict[type, type[NetworkControl]] = {
+HOST_CLASSES: dict[type[ControlNetwork], type[NetworkControl]] = {
     ControlNet: ControlNetControl,
     UnionControlNet: UnionControl,
     ControlLora: ControlLoraControl,
@@ -42,7 +43,7 @@ KINDS: dict[type, type[NetworkControl]] = {
     ControlLLLite: LLLiteControl,
     ControlNetLite: ControlNetControl,
 }
-"""The CONTROL_NET that runs each kind of network."""
+"""What runs each kind of network (`kinds.KINDS`) as a CONTROL_NET."""
 
 
 def register_lab() -> None:
@@ -83,7 +84,7 @@ def load(
         if model is None:
             _PATCHERS[key] = patcher
     loaded, compute = _LOADED[patcher]
-    control = KINDS[type(loaded.control)](name, loaded, patcher, compute)
+    control = HOST_CLASSES[type(loaded.control)](name, loaded, patcher, compute)
     set_control_type(control, control_type)
     return control
 
@@ -94,7 +95,9 @@ def _load(path: Path, name: str, weight_dtype: torch.dtype | None, model: Any) -
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
     stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
     if MARKER in state:
-        operations = comfy.ops.manual_cast  # a Control-LoRA computes in its model's dtype, which only a run tells
+        operations = with_attention(
+            comfy.ops.manual_cast
+        )  # a Control-LoRA computes in its model's dtype, which only a run tells
     loaded = load_control(
         state,
         metadata,

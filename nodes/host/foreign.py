@@ -63,6 +63,7 @@ class ForeignControl(Control):
         """End a run."""
         super().cleanup()
         self.inner.cleanup()
+        self.inner.cond_hint_original = None
 
     def _forget_run(self) -> None:
         super()._forget_run()
@@ -74,11 +75,11 @@ class ForeignControl(Control):
         inner.set_cond_hint(hint, 1.0, (0.0, 1.0), vae=self.vae, extra_concat=self.extra_concat_orig)
         inner.cond_hint = inner.control_input = None  # of another piece
 
-    def _order(self, call: Call, count: int) -> list[int]:
+    def _order(self, call: Call, count: int) -> tuple[int, ...]:
         """For the frames of one part of the batch, the places of their hints among the rows."""
         numbers = call.piece.numbers(count)
         one_part = call.piece.frames[: len(call.piece.frames) // len(call.halves)]
-        return [0] if count == 1 else [numbers.index(frame % count) for frame in one_part]
+        return (0,) if count == 1 else tuple(numbers.index(frame % count) for frame in one_part)
 
     def _config_of(self, model: Any) -> UNetConfig:
         config = unet_config(model, self.name, None)
@@ -93,13 +94,16 @@ class ForeignControl(Control):
     def _residuals(self, call: Call) -> Residuals:
         assert self._model_config is not None
         hint = self._hint(call)
-        if self._shown is None or self._shown[0] != hint.key:
-            rows, size = hint.rows, (call.size[0] * 8, call.size[1] * 8)
+        # It knows of no frames: what it is shown is for the samples of one part of the batch, in their order. One of
+        # Advanced-ControlNet's own is told of AnimateDiff's windows, and cuts the whole hint by itself.
+        cuts_itself = hint.alive is None and "ad_params" in call.options and hasattr(self.inner, "sub_idxs")
+        order = None if hint.count is None or cuts_itself else self._order(call, hint.count)
+        if self._shown is None or self._shown[0] != (hint.key, order):
+            rows, size = self._original_hint() if cuts_itself else hint.rows, (call.size[0] * 8, call.size[1] * 8)
             if self.resize != "crop" and rows.shape[2:] != size:
                 rows = resize(rows, *size, self.resize)
-            # It knows of no frames: what it is shown is for the samples of one part of the batch, in their order.
-            self._show(rows if hint.count is None else rows[self._order(call, hint.count)])
-            self._shown = hint.key, hint.alive
+            self._show(rows if order is None else rows[list(order)])
+            self._shown = (hint.key, order), hint.alive
         # It is told of the conds that it acts on, and of no others.
         told = {
             key: [call.options[key][i] for i in call.halves]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...controlnet_core.dosing.clock import Moment
 from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks.injection import HostControl
-from ...controlnet_core.networks.lllite import PREFIX, LLLiteError, hooked, targets
+from ...controlnet_core.networks.lllite import PREFIX, ControlLLLite, LLLiteError, hooked, targets
 from ...controlnet_core.networks.unet import UNetConfig
 from .control import RECORD, Call, ControlError, Hint
 from .models import unet_config
@@ -31,6 +31,8 @@ class LLLiteControl(NetworkControl):
     At each step it adds to the options of this one call of the UNet: the host's own attention patches for the queries,
     keys and values, and a wrapper of the call that hooks the layers for which the host has no patch.
     """
+
+    network: ControlLLLite
 
     def _forget_run(self) -> None:
         super()._forget_run()

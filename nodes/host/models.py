@@ -11,8 +11,11 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
+from comfy.ldm.modules import attention
+from torch import Tensor
 
 from ...controlnet_core.files.loading import LoadedControl
+from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.unet import UNetConfig
 
 
@@ -48,11 +51,11 @@ def unet_config(model: Any, control: str, family: str | None) -> UNetConfig:
     )
 
 
-def patcher_of(module: torch.nn.Module, device: Any = None) -> Any:
+def patcher_of(network: torch.nn.Module | ControlNetwork, device: Any = None) -> Any:
     """The one ModelPatcher of a network, of the class that this host loads best; `device` None is the host's first."""
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(
-        module,
+        network,
         load_device=device or comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
@@ -79,4 +82,16 @@ def dtypes(weight_dtype: torch.dtype | None, file_dtype: torch.dtype) -> tuple[t
     management = comfy.model_management
     stored = weight_dtype or management.unet_dtype(model_params=-1, weight_dtype=file_dtype)
     cast = management.unet_manual_cast(stored, management.get_torch_device())
-    return stored, cast or stored, comfy.ops.pick_operations(stored, cast)
+    return stored, cast or stored, with_attention(comfy.ops.pick_operations(stored, cast))
+
+
+def with_attention(operations: Any) -> Any:
+    """The host's layer classes, and with them the attention that it was started with, as its own controls have it."""
+
+    class Operations(operations):
+        @staticmethod
+        def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, precision: torch.dtype | None) -> Tensor:
+            # Looked up at each call, as the host's own layers do: it is a name that other nodes set anew.
+            return attention.optimized_attention(q, k, v, heads, attn_precision=precision)
+
+    return Operations

@@ -8,30 +8,33 @@ import torch
 from torch import Tensor
 
 from ...controlnet_core.files.loading import LoadedControl
+from ...controlnet_core.networks.control_lora import ControlLora
+from ...controlnet_core.networks.controlnet import ControlNet
+from ...controlnet_core.networks.lite import ControlNetLite
+from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.residuals import Residuals
+from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
-from ...controlnet_core.networks.union import TYPES
+from ...controlnet_core.networks.union import TYPES, UnionControlNet
 from .control import Call, Control, ControlError, Hint
 from .models import on_device, unet_config
 from .resize import resize
 
-ENCODED_PIXELS = 16 * 512 * 512
+ENCODED_PIXELS = 2 * 512 * 512
 """Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
 
 
 class NetworkControl(Control):
     """A control with a network of ours; its weights and their place in memory are shared by all copies."""
 
+    network: ControlNetwork
+
     def __init__(self, name: str, loaded: LoadedControl, patcher: Any, compute_dtype: torch.dtype):
         super().__init__(name)
         self.loaded = loaded
+        self.network = loaded.control
         self.patcher = patcher
         self.compute_dtype = compute_dtype
-
-    @property
-    def network(self) -> Any:
-        """The core's network."""
-        return self.loaded.control
 
     def copy(self) -> NetworkControl:
         """Another control of the same network with the same settings."""
@@ -45,8 +48,8 @@ class NetworkControl(Control):
 
     def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> NetworkControl:
         """Another control with the same settings whose network is on another device."""
-        c = self.copy()
-        c.loaded, c.patcher = on_device(self.loaded, self.patcher, load_device)
+        c = type(self)(self.name, *on_device(self.loaded, self.patcher, load_device), self.compute_dtype)
+        self.copy_to(c)
         if autoregister:
             self.multigpu_clones[load_device] = c  # type: ignore[attr-defined] - newer hosts have it
         return c
@@ -84,10 +87,7 @@ class NetworkControl(Control):
             rows = rows.mean(dim=1, keepdim=True)
         if rows.shape[1] != channels:
             raise ControlError(f"{self.name} takes a hint of {channels} channels, found {rows.shape[1]}")
-        return self._encode_hint(rows)
-
-    def _encode_hint(self, hint: Tensor) -> Any:
-        return self.network.encode_hint(hint)
+        return self.network.encode_hint(rows)
 
     def _joined(self, parts: list[Any]) -> Any:
         """What several pieces of a batch were encoded to, as one."""
@@ -96,6 +96,8 @@ class NetworkControl(Control):
 
 class ControlNetControl(NetworkControl):
     """A ControlNet. With the host's `global_average_pooling`, one for shuffle: pooled, on the prompt's half alone."""
+
+    network: ControlNet | ControlNetLite
 
     def _forget_run(self) -> None:
         super()._forget_run()
@@ -133,6 +135,8 @@ class ControlNetControl(NetworkControl):
 class ControlLoraControl(ControlNetControl):
     """A Control-LoRA: it borrows the layers of the model that it is applied to, in that model's dtype."""
 
+    network: ControlLora
+
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run on `model`."""
         super().pre_run(model, percent_to_timestep_function)
@@ -152,6 +156,7 @@ class UnionControl(ControlNetControl):
     own hint, type, strength, window and schedule (xinsir6/ControlNetPlus). The rest of the dose is the same for both.
     """
 
+    network: UnionControlNet
     joins = False
 
     @property
@@ -226,8 +231,7 @@ class UnionControl(ControlNetControl):
 class AdapterControl(NetworkControl):
     """A T2I-Adapter: its residuals do not depend on time, and are computed once per run and size."""
 
-    def _encode_hint(self, hint: Tensor) -> Residuals:
-        return self.network(hint)
+    network: T2IAdapter
 
     def _joined(self, parts: list[Residuals]) -> Residuals:
         return Residuals.cat(parts)

@@ -45,7 +45,10 @@ def with_positions(hint: Tensor) -> Tensor:
     height, width = hint.shape[2:]
     x, y = ((torch.arange(n, device=hint.device) * 2 + 1) / n - 1 for n in (width, height))
     places = torch.stack([x.expand(height, width), y[:, None].expand(height, width)]).to(hint.dtype)
-    return torch.cat([hint, places.expand(len(hint), -1, -1, -1)], dim=1)
+    told = torch.cat([hint, places.expand(len(hint), -1, -1, -1)], dim=1)
+    # Kept in the order of the hint's own pixels: another one makes convolutions round in another way.
+    channels_last = hint.is_contiguous(memory_format=torch.channels_last)
+    return told.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def at_positions(mask: Tensor, positions: Tensor) -> Tensor:

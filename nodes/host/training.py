@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...controlnet_core.data.dataset import Dataset
 from ...controlnet_core.data.manifest import DatasetError
-from ...controlnet_core.data.writer import SAME_ENCODER, off_by, probe_picture
+from ...controlnet_core.data.writer import SAME_ENCODER, probe_picture, relative_error
 from ...controlnet_core.diffusion import alphas_cumprod
 from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import read_weights
@@ -83,7 +83,7 @@ def train(
     comfy.model_management.unload_all_models()
     with torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
-        done = finished(folder, options, {"base": loop.fingerprint(base), "data": dataset.fingerprint})
+        done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
         process = Process(device=comfy.model_management.get_torch_device())
         steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
         del base  # the training lets go of it, too, once it has its own
@@ -149,14 +149,14 @@ def check_dataset(dataset: Dataset, model: Any, clip: Any, vae: Any) -> None:
     """Raise DatasetError where the dataset was made with other encoders than these, or for another kind of model."""
     encode_pictures, encode_prompt = encoders(vae, clip, model)
     with torch.inference_mode(False):  # the dataset keeps it, and training reads it
-        context, _ = dataset.empty
+        context, _ = dataset.empty_prompt
     picture = rearrange(torch.from_numpy(probe_picture()).float() / 255, "b h w c -> b c h w")
     found = {
         "clip": (encode_prompt("")[0], context),
         "vae": (encode_pictures(picture).flatten(), torch.tensor(dataset.manifest.probe)),
     }
     for name, (ours, theirs) in found.items():
-        if ours.shape != theirs.shape or off_by(ours, theirs) > SAME_ENCODER:
+        if ours.shape != theirs.shape or relative_error(ours, theirs) > SAME_ENCODER:
             raise DatasetError(
                 f"{dataset.folder} was made with another {name} than the one that is connected: connect the one that "
                 "it was made with, or make a dataset with this one"

@@ -21,7 +21,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def detector(folders: tuple[Path, Path]) -> Any:
-    from zeroconv.annotators.pose_estimation import build_detector
+    from zeroconv.annotators.networks.people import build_detector
 
     from . import pretrained_tiny as tiny
 
@@ -30,7 +30,7 @@ def detector(folders: tuple[Path, Path]) -> Any:
 
 @pytest.fixture(scope="session")
 def estimator(folders: tuple[Path, Path]) -> Any:
-    from zeroconv.annotators.pose_estimation import build_estimator
+    from zeroconv.annotators.networks.people import build_estimator
 
     from . import pretrained_tiny as tiny
 

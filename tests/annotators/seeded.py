@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ def load(name: str, folder: Path) -> list[nn.Module]:
     for wanted in record(name).networks:
         (network,) = [network for network in NETWORKS if network.name == wanted]
         weights.write(folder, [file.name for file in network.files if not (folder / file.name).exists()])
-        module, function = network.build.split(":")
-        build = getattr(import_module(f"zeroconv.annotators.{module}"), function)
-        loaded.append(build(*[folder / file.name for file in network.files]))
+        loaded.append(network.load([folder / file.name for file in network.files]))
     return loaded
 
 

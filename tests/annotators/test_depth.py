@@ -21,16 +21,17 @@ from transformers import DPTImageProcessor, ZoeDepthImageProcessor
 from zeroconv.annotators import ANNOTATORS, depth, pipeline
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.networks import NETWORKS
-from zeroconv.annotators.normals import normals_of_depth
+from zeroconv.annotators.networks import depth as seers
+from zeroconv.annotators.normals import normal_midas, normals_of_depth
 
 from . import pretrained_tiny as tiny
 
 HALF, IMAGENET = ([0.5] * 3, [0.5] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 MADE: dict[str, tuple[Callable[[Path], tuple[Path, Path]], Callable[..., nn.Module], Callable[..., np.ndarray]]] = {
-    "dpt_large": (lambda folder: tiny.dpt(folder, hybrid=False), depth.build_dpt, depth.depth_midas),
-    "dpt_hybrid": (lambda folder: tiny.dpt(folder, hybrid=True), depth.build_dpt, depth.depth_midas),
-    "depth_anything_v2_small": (tiny.depth_anything, depth.build_depth_anything, depth.depth_anything),
-    "zoedepth": (tiny.zoe, depth.build_zoe, depth.depth_zoe),
+    "dpt_large": (lambda folder: tiny.dpt(folder, hybrid=False), seers.build_dpt, depth.depth_midas),
+    "dpt_hybrid": (lambda folder: tiny.dpt(folder, hybrid=True), seers.build_dpt, depth.depth_midas),
+    "depth_anything_v2_small": (tiny.depth_anything, seers.build_depth_anything, depth.depth_anything),
+    "zoedepth": (tiny.zoe, seers.build_zoe, depth.depth_zoe),
 }
 
 
@@ -44,6 +45,12 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def photograph(height: int, width: int) -> np.ndarray:
     """An astronaut, squeezed: (height,width,3) float32 in steps of 1/255, as a picture of 8 bits has them."""
     return (cv2.resize(astronaut(), (width, height), interpolation=cv2.INTER_AREA) / 255).astype(np.float32)
+
+
+def drawn(seen: np.ndarray, draw: Callable[..., Any] = depth.stretched_hints) -> np.ndarray:
+    """The hint of what was seen of one picture."""
+    (hint,) = draw([seen])
+    return hint
 
 
 def seen_by(network: nn.Module, run: Callable[[], Any]) -> list[tuple[int, ...]]:
@@ -85,9 +92,9 @@ def test_the_table_names_these_functions():
         assert [Path(file.name).suffix for file in table[name].files] in ([".json", ".safetensors"], [".json", ".bin"])
         assert table[name].commercial
         asked = [record for record in ANNOTATORS if record.networks == (name,)]
-        assert function in [record.load() for record in asked]
+        assert function in [record.function for record in asked]
     (normal,) = [record for record in ANNOTATORS if record.name == "normal_midas"]
-    assert normal.load() is depth.normal_midas
+    assert normal.function is normal_midas
     assert {p.name: p.default for p in normal.parameters} == {"background": 0.1, "strength": 6.28, "front": "red"}
 
 
@@ -96,9 +103,9 @@ def test_midas_is_transformers_at_the_size_that_it_knows(networks: dict[str, Any
     image = photograph(64, 64)
     processor = DPTImageProcessor(size={"height": 64, "width": 64}, image_mean=HALF[0], image_std=HALF[1])
     reference = by_transformers(networks[name], image, processor)
-    assert_within(depth.midas(networks[name], image), reference)
+    assert_within(seers.midas(networks[name], image), reference)
     expected = (reference - reference.min()) / np.ptp(reference)
-    assert_within(depth.depth_midas(networks[name], image), np.repeat(expected[:, :, None], 3, axis=2))
+    assert_within(drawn(depth.depth_midas(networks[name], image)), np.repeat(expected[:, :, None], 3, axis=2))
 
 
 @pytest.mark.parametrize("name", ["dpt_large", "dpt_hybrid"])
@@ -106,10 +113,10 @@ def test_midas_looks_at_the_picture_as_it_is(networks: dict[str, Any], name: str
     """Sides that are multiples of 64 stay, beyond a million pixels they shrink; the depth has the picture's size."""
     network = networks[name]
     for size, looked in (((64, 128), (64, 128)), ((192, 64), (192, 64)), ((1024, 2048), (736, 1440))):
-        assert {shape[2:] for shape in seen_by(network, lambda size=size: depth.midas(network, photograph(*size)))} == {
+        assert {shape[2:] for shape in seen_by(network, lambda size=size: seers.midas(network, photograph(*size)))} == {
             looked
         }
-        assert depth.midas(network, photograph(*size)).shape == size
+        assert seers.midas(network, photograph(*size)).shape == size
 
 
 @pytest.mark.parametrize("name", ["dpt_large", "dpt_hybrid"])
@@ -127,7 +134,7 @@ def test_midas_keeps_places(networks: dict[str, Any], name: str, axis: int, end:
     image = np.concatenate([photograph(64, 64)] * 8, axis=axis)
     parts = np.split(image.copy(), 8, axis=axis)
     parts[end] = 1 - parts[end]
-    moved = depth.midas(network, np.concatenate(parts, axis=axis)) - depth.midas(network, image)
+    moved = seers.midas(network, np.concatenate(parts, axis=axis)) - seers.midas(network, image)
     by_part = [float(np.abs(part).mean()) for part in np.split(moved, 8, axis=axis)][:: 1 if end == 0 else -1]
     assert by_part[0] > 1.5 * max(by_part[3:])  # the hybrid's group norms spread some of it
 
@@ -138,7 +145,7 @@ def test_depth_anything_is_transformers(networks: dict[str, Any]):
     processor = DPTImageProcessor(size=size, image_mean=IMAGENET[0], image_std=IMAGENET[1])
     reference = by_transformers(network, image, processor)
     expected = (reference - reference.min()) / np.ptp(reference)
-    assert_within(depth.depth_anything(network, image), np.repeat(expected[:, :, None], 3, axis=2))
+    assert_within(drawn(depth.depth_anything(network, image)), np.repeat(expected[:, :, None], 3, axis=2))
 
 
 def test_depth_anything_looks_with_a_short_side_of_518(networks: dict[str, Any]):
@@ -152,10 +159,13 @@ def test_depth_anything_looks_with_a_short_side_of_518(networks: dict[str, Any])
 def test_zoe_is_transformers(networks: dict[str, Any], size: tuple[int, int]):
     image, processor = photograph(*size), ZoeDepthImageProcessor()
     reference = by_transformers(networks["zoedepth"], image, processor, flip=True)
-    assert_within(depth.zoe(networks["zoedepth"], image), reference)
+    assert_within(seers.zoe(networks["zoedepth"], image), reference)
     near, far = np.percentile(reference, [2, 85])
     expected = np.clip(1 - (reference - near) / (far - near), 0, 1)
-    assert_within(depth.depth_zoe(networks["zoedepth"], image), np.repeat(expected[:, :, None], 3, axis=2))
+    assert_within(
+        drawn(depth.depth_zoe(networks["zoedepth"], image), depth.metric_hints),
+        np.repeat(expected[:, :, None], 3, axis=2),
+    )
 
 
 def test_zoe_of_a_thin_picture_keeps_to_its_bounds(networks: dict[str, Any]):
@@ -166,35 +176,37 @@ def test_zoe_of_a_thin_picture_keeps_to_its_bounds(networks: dict[str, Any]):
 
 def test_zoe_hint_in_numbers(monkeypatch: pytest.MonkeyPatch):
     metres = np.arange(101, dtype=np.float32).reshape(1, 101)
-    monkeypatch.setattr(depth, "zoe", lambda *_: metres)
-    hint = depth.depth_zoe(None, np.zeros((1, 101, 3)))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(seers, "zoe", lambda *_: metres)
+    seen = depth.depth_zoe(None, np.zeros((1, 101, 3)))  # pyright: ignore[reportArgumentType]
+    hint = drawn(seen, depth.metric_hints)
     assert hint.shape == (1, 101, 3) and hint.dtype == np.float32
     np.testing.assert_allclose(hint[0, [0, 2, 23, 85, 100], 0], [1, 1, 1 - 21 / 83, 0, 0], atol=1e-6)
-    monkeypatch.setattr(depth, "zoe", lambda *_: np.full((2, 3), 4.0, np.float32))
-    assert not depth.depth_zoe(None, np.zeros((2, 3, 3))).any()  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(seers, "zoe", lambda *_: np.full((2, 3), 4.0, np.float32))
+    seen = depth.depth_zoe(None, np.zeros((2, 3, 3)))  # pyright: ignore[reportArgumentType]
+    assert not drawn(seen, depth.metric_hints).any()
 
 
 def test_stretched_in_numbers():
-    np.testing.assert_array_equal(depth.stretched(np.array([[1.0, 3.0], [2.0, 5.0]])), [[0, 0.5], [0.25, 1]])
-    assert not depth.stretched(np.full((2, 3), 7.0)).any()
+    np.testing.assert_array_equal(drawn(np.array([[1.0, 3.0], [2.0, 5.0]]))[:, :, 0], [[0, 0.5], [0.25, 1]])
+    assert not drawn(np.full((2, 3), 7.0)).any()
 
 
 @pytest.mark.parametrize(("front", "first"), [("red", 2), ("blue", 0)])
 def test_normals_are_sobel_slopes_of_the_raw_depth(networks: dict[str, Any], front: str, first: int):
     network, image = networks["dpt_hybrid"], photograph(64, 128)
-    raw = depth.midas(network, image)
+    raw = seers.midas(network, image)
     near = (raw - raw.min()) / np.ptp(raw) >= 0.3
     assert 0.1 < near.mean() < 0.99
     slope = cv2.Sobel(raw, cv2.CV_32F, 1, 0, ksize=3) * near
     down = cv2.Sobel(raw, cv2.CV_32F, 0, 1, ksize=3) * near
     expected = slope / np.sqrt(slope**2 + down**2 + 1)
-    normals = depth.normal_midas(network, image, 0.3, 1.0, front)
+    normals = normal_midas(network, image, 0.3, 1.0, front)
     assert normals.shape == (64, 128, 3)
     assert_within(normals[:, :, first], (expected + 1) / 2)
-    assert_within(depth.normal_midas(network, image), normals_of_depth(raw, 0.1, 6.28, "red"))
+    assert_within(normal_midas(network, image), normals_of_depth(raw, 0.1, 6.28, "red"))
 
 
-@pytest.mark.parametrize("name", [r.name for r in ANNOTATORS if r.function.startswith("depth:")])
+@pytest.mark.parametrize("name", [r.name for r in ANNOTATORS if r.networks[:1] in [(name,) for name in MADE]])
 def test_from_a_photograph_to_a_hint(networks: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch):
     """With any size, twice the same, without a word to the net, and the picture stays as it is."""
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it spoke to a server"))
@@ -248,11 +260,11 @@ def test_weights_that_nothing_reads_may_be_missing(networks: dict[str, Any], tmp
         for key in found:
             del weights[key]
 
-    network: Any = depth.build_dpt(*changed(tiny.dpt(tmp_path, hybrid=False), drop))
+    network: Any = seers.build_dpt(*changed(tiny.dpt(tmp_path, hybrid=False), drop))
     assert not network.training
     assert all(weight.dtype == torch.float32 and not weight.requires_grad for weight in network.parameters())
     image = photograph(64, 128)
-    np.testing.assert_array_equal(depth.midas(network, image), depth.midas(networks["dpt_large"], image))
+    np.testing.assert_array_equal(seers.midas(network, image), seers.midas(networks["dpt_large"], image))
 
 
 @pytest.mark.parametrize(
@@ -265,18 +277,18 @@ def test_weights_that_nothing_reads_may_be_missing(networks: dict[str, Any], tmp
 )
 def test_files_of_another_network_are_named(change: Callable[[dict[str, Tensor]], Any], said: str, tmp_path: Path):
     with pytest.raises(AnnotatorError, match=said):
-        depth.build_dpt(*changed(tiny.dpt(tmp_path, hybrid=False), change))
+        seers.build_dpt(*changed(tiny.dpt(tmp_path, hybrid=False), change))
 
 
 def test_broken_files_are_named(tmp_path: Path):
     config, weights = tiny.dpt(tmp_path, hybrid=False)
     with pytest.raises(AnnotatorError, match=r"describes a network of type dpt; expected zoedepth"):
-        depth.build_zoe(config, weights)
+        seers.build_zoe(config, weights)
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(AnnotatorError, match="model.safetensors"):
-        depth.build_dpt(config, weights)
+        seers.build_dpt(config, weights)
     for text in ("<html>", json.dumps([1])):
         config.write_text(text, encoding="utf-8")
         with pytest.raises(AnnotatorError, match=r"config\.json cannot be read as a config\.json"):
-            depth.build_dpt(config, weights)
+            seers.build_dpt(config, weights)

@@ -54,7 +54,9 @@ def given(annotator: Annotator, height: int, width: int) -> dict[str, Any]:
 
     def points(count: int) -> list[float]:
         return [
-            number for i in range(count) for number in (width * (i + 1) / (count + 2), height * (i % 5 + 1) / 7, 1.0)
+            number
+            for i in range(count)
+            for number in (width * (i + 1) / (count + 2), height * (i % 5 + 1) / 7, 0.5 if i % 4 == 3 else 1.0)
         ]
 
     whole = {

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroconv.annotators.hed import HED, hed, scribble_hed
+from zeroconv.annotators.hed import hed, scribble_hed
 from zeroconv.annotators.images import AnnotatorError
+from zeroconv.annotators.networks.hed import HED
 from zeroconv.benchmarks.weights import seeded
 
 from .seeded import assert_agrees, hint_of, load, photograph, theirs

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from zeroconv.annotators import learned
-from zeroconv.annotators.hed import HED, build
-from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.networks import NETWORKS
+from zeroconv.annotators.images import AnnotatorError, grey
+from zeroconv.annotators.networks import NETWORKS, learned
+from zeroconv.annotators.networks.hed import HED, build
 
 from .seeded import hint_of, load, photograph, record
 
@@ -109,7 +108,7 @@ def test_pictures_become_tensors_on_the_networks_place():
 
 
 def test_hints_are_grey():
-    hint = learned.to_hint(torch.tensor([[[[0.0, 0.25], [0.5, 1.0]]]], dtype=torch.float16))
+    hint = grey(learned.to_maps(torch.tensor([[[[0.0, 0.25], [0.5, 1.0]]]], dtype=torch.float16), np.zeros((2, 2, 3))))
     assert hint.dtype == np.float32
     np.testing.assert_array_equal(hint, np.repeat([[[0.0], [0.25]], [[0.5], [1.0]]], 3, axis=2))
 
@@ -119,7 +118,7 @@ def test_defaults_in_the_list_are_the_functions_own(name: str):
     wanted = record(name)
     own = {
         parameter.name: parameter.default
-        for parameter in inspect.signature(wanted.load()).parameters.values()
+        for parameter in inspect.signature(wanted.function).parameters.values()
         if parameter.default is not inspect.Parameter.empty
     }
     assert own == {parameter.name: parameter.default for parameter in wanted.parameters}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.lineart import AnimeGenerator, LineartGenerator, lineart, lineart_anime
+from zeroconv.annotators.lineart import lineart, lineart_anime
+from zeroconv.annotators.networks.lineart import AnimeGenerator, LineartGenerator
 from zeroconv.benchmarks.weights import anime_generator, seeded
 
 from .seeded import assert_agrees, hint_of, load, photograph, theirs

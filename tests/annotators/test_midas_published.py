@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DPTConfig, DPTForDepthEstimation
 
 from zeroconv.annotators import depth
+from zeroconv.annotators.networks import depth as seers
+from zeroconv.annotators.normals import normal_midas
 
 NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^pretrained\.model\.", "dpt.embeddings."),
@@ -91,7 +93,7 @@ def test_raw_depth_is_the_published_network_s(pair: tuple[Any, Any], size: tuple
     image = (astronaut()[: size[0], : size[1]] / 255).astype(np.float32)
     reference = published(torch.from_numpy(image).permute(2, 0, 1)[None] * 2 - 1)[0].numpy()
     assert np.ptp(reference) > 0.5 * reference.max() > 0
-    np.testing.assert_allclose(depth.midas(ours, image), reference, rtol=0, atol=1e-4 * reference.max())
+    np.testing.assert_allclose(seers.midas(ours, image), reference, rtol=0, atol=1e-4 * reference.max())
 
 
 def test_hints_are_the_published_preprocessor_s(pair: tuple[Any, Any]):
@@ -104,6 +106,7 @@ def test_hints_are_the_published_preprocessor_s(pair: tuple[Any, Any]):
     theirs: Any = MidasDetector(published)(
         picture, bg_th=0.2, a=0.5, depth_and_normal=True, detect_resolution=128, image_resolution=128
     )
-    for made, reference in zip((depth.depth_midas(ours, image), depth.normal_midas(ours, image, 0.2, 0.5)), theirs):
+    (hint,) = depth.stretched_hints([depth.depth_midas(ours, image)])
+    for made, reference in zip((hint, normal_midas(ours, image, 0.2, 0.5)), theirs):
         assert reference.std() > 0.05 * 255 and made.shape == reference.shape
         assert -0.05 < (made * 255 - reference).min() and (made * 255 - reference).max() < 1.05

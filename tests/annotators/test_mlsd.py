@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.mlsd import MLSD, mlsd, segments
+from zeroconv.annotators.mlsd import mlsd
+from zeroconv.annotators.networks.mlsd import MLSD, segments
 from zeroconv.benchmarks import weights
 
 from .seeded import hint_of, load, photograph, theirs

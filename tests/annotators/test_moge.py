@@ -13,9 +13,10 @@ from skimage.data import astronaut
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from zeroconv.annotators import ANNOTATORS, moge, pipeline
+from zeroconv.annotators import ANNOTATORS, pipeline
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.networks import NETWORKS
+from zeroconv.annotators.networks import NETWORKS, moge
+from zeroconv.annotators.normals import normal_moge
 
 ENDS = ("weight", "bias")
 
@@ -149,7 +150,7 @@ def test_left_is_red_up_is_green_front_is_blue(
     known = torch.ones(1, 1, 64, 64)
     known[..., 32:] = 0  # nothing is known of the right half: it faces the viewer
     monkeypatch.setattr(network, "forward", lambda _: (answer, known))
-    hint = moge.normal_moge(network, np.zeros((64, 64, 3), np.float32))
+    hint = normal_moge(network, np.zeros((64, 64, 3), np.float32))
     np.testing.assert_allclose(hint[:, :32], np.broadcast_to(colour, (64, 32, 3)), atol=1e-6)
     np.testing.assert_allclose(hint[:, 32:], np.broadcast_to((0.5, 0.5, 1), (64, 32, 3)), atol=1e-6)
 
@@ -173,7 +174,7 @@ def test_an_answer_that_is_none_is_told(file: Path):
     network: Any = moge.build(file)
     network.encoder.backbone.norm.bias.fill_(torch.nan)
     with pytest.raises(AnnotatorError, match="the network answered with numbers that are not finite"):
-        moge.normal_moge(network, photograph(64, 64))
+        normal_moge(network, photograph(64, 64))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-import zeroconv.annotators as annotators
-from zeroconv.annotators import ANNOTATORS
+from zeroconv.annotators import ANNOTATORS, networks
 from zeroconv.annotators.fetching import fetch, find, place
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.networks import NETWORKS, File, Network
@@ -369,7 +368,7 @@ def test_the_table_is_sound():
             assert file.size > 0
             assert file.sha256 is None or (len(file.sha256) == 64 and set(file.sha256) <= set("0123456789abcdef"))
         module, function = entry.build.split(":")
-        assert callable(getattr(import_module(f".{module}", annotators.__name__), function))
+        assert callable(getattr(import_module(f".{module}", networks.__name__), function))
 
 
 def test_defaults_are_free_to_use():

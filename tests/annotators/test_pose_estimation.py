@@ -18,16 +18,8 @@ from zeroconv.annotators import ANNOTATORS, pipeline
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.keypoints import COCO_JOINTS, OPENPOSE_JOINTS, coco_to_openpose
 from zeroconv.annotators.networks import NETWORKS
-from zeroconv.annotators.pose import COLOURS, draw_pose
-from zeroconv.annotators.pose_estimation import (
-    _areas,
-    _crops,
-    build_estimator,
-    detect,
-    estimate,
-    human_pose,
-    peaks,
-)
+from zeroconv.annotators.networks.people import _areas, _crops, build_estimator, detect, estimate, peaks
+from zeroconv.annotators.pose import COLOURS, draw_pose, human_pose
 
 from . import pretrained_tiny as tiny
 
@@ -48,8 +40,8 @@ def test_the_lists_know_both_networks_and_the_functions_defaults():
     assert RECORD.networks == ("person_detector", "pose_estimator") and RECORD.gives_pose
     entries = [next(network for network in NETWORKS if network.name == name) for name in RECORD.networks]
     assert [entry.build for entry in entries] == [
-        "pose_estimation:build_detector",
-        "pose_estimation:build_estimator",
+        "people:build_detector",
+        "people:build_estimator",
     ]
     for entry in entries:
         assert [file.name for file in entry.files] == ["config.json", "model.safetensors"]
@@ -246,14 +238,14 @@ def test_numbers_that_are_none_do_not_pass_for_nobody():
         human_pose(finds, sees, image)
 
 
-def test_the_pipeline_pads_and_gives_the_frame_in_pixels_of_the_hint():
+def test_the_pipeline_shows_the_picture_as_it_is_and_gives_the_frame_in_pixels_of_the_hint():
+    """Without a margin: reflected legs would be somebody's."""
     heat, places = planted(1)
-    # The picture of 100x150 is padded to 128x192.
-    finds, sees = scene([0.9], [[0.5, 0.5, 48 / 192, 64 / 128]], heat)
+    finds, sees = scene([0.9], [[0.5, 0.5, 48 / 150, 64 / 100]], heat)
     hint, frame = pipeline.annotate(RECORD, np.zeros((100, 150, 3), np.uint8), networks=(finds, sees))
     assert hint.shape == (100, 150, 3) and frame is not None
     assert (frame["canvas_width"], frame["canvas_height"]) == (150, 100)
-    x = 96 - 30 + 60 * places[0, 0, 0] / 47 + 0.5
+    x = 75 - 30 + 60 * places[0, 0, 0] / 47 + 0.5
     assert frame["people"][0]["pose_keypoints_2d"][0] == pytest.approx(x, abs=0.2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import copy
+import json
 import sys
 import types
 from typing import Any
@@ -20,6 +21,7 @@ from zeroconv.annotators.keypoints import (
     coco_to_openpose,
     openpose_to_coco,
     read_frame,
+    read_frames,
     write_frame,
 )
 from zeroconv.annotators.pose import COCO_COLOURS, COCO_LIMBS, FINGERS, draw_people, pose
@@ -56,11 +58,94 @@ def test_shares_of_the_canvas_need_no_canvas():
     np.testing.assert_allclose(person.body, body * [200, 100, 1], rtol=1e-6)
 
 
-def test_one_coordinate_above_one_makes_all_of_them_pixels():
-    body = points(18, low=0.1, high=0.9)
-    body[4, 0] = 300
-    (person,) = read_frame(frame_of(pose_keypoints_2d=body.reshape(-1).tolist()), 512, 512)
-    np.testing.assert_allclose(person.body, body, rtol=1e-6)
+def test_most_joints_say_whether_all_are_shares_or_pixels():
+    shares = points(18, low=0.1, high=0.9)
+    shares[10] = (0.5, 1.04, 1)  # an ankle below the picture
+    (person,) = read_frame(frame_of(pose_keypoints_2d=shares.reshape(-1).tolist()), 100, 200)
+    np.testing.assert_allclose(person.body, shares * [200, 100, 1], rtol=1e-6)
+    pixels = points(18)
+    pixels[4, :2] = (0.3, 0.9)  # a wrist in the corner
+    (person,) = read_frame(frame_of(pose_keypoints_2d=pixels.reshape(-1).tolist()), 512, 512)
+    np.testing.assert_allclose(person.body, pixels, rtol=1e-6)
+    # People apart in one frame: shares of one are shares of all, and 300 of them are a mistake.
+    shares[4, 0] = 300
+    with pytest.raises(AnnotatorError, match=r"a joint at \(300, 0\.\d+\), far off its canvas of 1x1"):
+        read_frame(frame_of(pose_keypoints_2d=shares.reshape(-1).tolist()), 512, 512)
+
+
+def test_joints_of_little_confidence_are_not_there():
+    """Raw scores, as networks and the host's own extractor give them."""
+    body = points(18)
+    body[:, 2] = [0.9, 0.02, 0.3, 0.29, 1.0, 3.5, *[0.8] * 12]
+    frame = frame_of(pose_keypoints_2d=body.reshape(-1).tolist())
+    for threshold, seen in ((0.3, body[:, 2] >= 0.3), (0.0, body[:, 2] > 0), (1.0, body[:, 2] >= 1)):
+        (person,) = read_frame(frame, 512, 512, threshold)
+        assert person.body is not None
+        np.testing.assert_array_equal(person.body[:, 2] > 0, seen)
+        expected = np.where(seen[:, None], np.concatenate([body[:, :2], np.ones((18, 1))], axis=1), 0)
+        hint = pose(PICTURE, frame, threshold=threshold)
+        np.testing.assert_array_equal(hint, pose(PICTURE, frame_of(pose_keypoints_2d=expected.reshape(-1).tolist())))
+    assert (pose(PICTURE, frame) != pose(PICTURE, frame, threshold=0.0)).any()
+    ones = frame_of(pose_keypoints_2d=points(18).reshape(-1).tolist())
+    for threshold in (0.0, 1.0):
+        np.testing.assert_array_equal(pose(PICTURE, ones), pose(PICTURE, ones, threshold=threshold))
+
+
+def test_joints_that_are_none_are_missing_one_by_one_and_in_triples():
+    body = points(18)
+    body[[3, 7]] = 0
+    triples: list[Any] = [None if not joint[2] else joint.tolist() for joint in body]
+    flat: list[Any] = [number for joint in triples for number in joint or [None, None, 1.0]]
+    for numbers in (triples, flat):
+        (person,) = read_frame(frame_of(pose_keypoints_2d=numbers), 512, 512)
+        np.testing.assert_allclose(person.body, body, rtol=1e-6)
+    (person,) = read_frame(frame_of(pose_keypoints_2d=[None] * 54), 512, 512)
+    assert person.body is not None and not person.body.any()
+
+
+@pytest.mark.parametrize("size", [133, 134])
+def test_whole_bodies_come_apart(size: int):
+    """In the order of COCO-WholeBody (jin-s13/COCO-WholeBody), and in DWPose's, which begins with OpenPose's 18."""
+    body = size - 116
+    whole = points(size)
+    (person,) = read_frame(frame_of(pose_keypoints_2d=whole.reshape(-1).tolist()), 512, 512)
+    wanted = coco_to_openpose(whole[:17]) if body == 17 else whole[:18]
+    parts = (wanted, whole[-42:-21], whole[-21:], whole[body + 6 : body + 74])
+    for part, expected in zip(vars(person).values(), parts, strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-6)
+    own = points(21, 3)
+    given = frame_of(pose_keypoints_2d=whole.reshape(-1), hand_left_keypoints_2d=own.reshape(-1))
+    np.testing.assert_allclose(read_frame(given, 512, 512)[0].left_hand, own, rtol=1e-6)
+
+
+def test_text_and_lists_and_one_frame_are_frames():
+    one, two = frame_of(pose_keypoints_2d=points(18).reshape(-1).tolist()), frame_of(9)
+    for given in ([one, two], (one, two), json.dumps([one, two]), [json.dumps(one), two], [json.dumps([one, two])]):
+        assert read_frames(given) == [one, two]
+    assert read_frames(one) == read_frames(json.dumps(one)) == [one]
+    assert read_frames(None) is None and read_frames([]) == []
+    with pytest.raises(AnnotatorError, match=r"pose_keypoints is text and no JSON \(Expecting value: line 1 column 1"):
+        read_frames("nobody")
+    with pytest.raises(AnnotatorError, match=r"pose_keypoints is int; expected frames, or their JSON text"):
+        read_frames("3")
+
+
+def test_files_of_cmu_are_in_pixels_of_the_picture_they_were_found_in():
+    """With the version and the person's number that CMU's openpose writes, and no canvas."""
+    body = np.zeros((25, 3))
+    body[2], body[3] = (100, 50, 0.9), (300, 50, 0.8)
+    person = {"person_id": [-1], "pose_keypoints_2d": body.reshape(-1).tolist(), "face_keypoints_2d": []}
+    text = json.dumps({"version": 1.3, "people": [person]})
+    frame = (read_frames(text) or [])[0]
+    hint, _ = pipeline.annotate(RECORD, np.zeros((100, 400, 3), np.uint8), 512, frame=frame)
+    canvas = {**frame, "canvas_width": 400, "canvas_height": 100}
+    expected, _ = pipeline.annotate(RECORD, np.zeros((100, 400, 3), np.uint8), 512, frame=canvas)
+    np.testing.assert_array_equal(hint, expected)
+    np.testing.assert_allclose(hint[256, 1024] * 255, [153, 102, 0], atol=1e-3)
+    with pytest.raises(
+        AnnotatorError, match=r"pose: pose_keypoints names no canvas, and most joints lie beyond the pic"
+    ):
+        pipeline.annotate(RECORD, np.zeros((100, 150, 3), np.uint8), 512, frame=frame)
 
 
 def test_what_is_missing_does_not_tell_shares_from_pixels_and_comes_as_zeros():
@@ -104,7 +189,7 @@ def test_hands_and_faces_of_both_sizes():
         ({"people": [[1, 2]]}, r"a person of pose_keypoints is list; it must be a dict of joint lists"),
         (
             frame_of(pose_keypoints_2d=[1.0] * 53),
-            r"pose_keypoints_2d of pose_keypoints has 53 numbers; expected x, y and confidence of 17 or 18 or 25 ",
+            r"pose_keypoints_2d of pose_keypoints has 53 numbers; expected x, y and confidence of 17 or 18 or 25 or ",
         ),
         (
             frame_of(hand_left_keypoints_2d=[1.0] * 60),
@@ -347,8 +432,8 @@ def test_a_frame_without_people_is_black():
 
 
 def test_the_record_has_the_functions_defaults():
-    assert RECORD.load() is pose and RECORD.reads_pose and not RECORD.networks
+    assert RECORD.function is pose and RECORD.reads_pose and not RECORD.networks
     frame = frame_of(pose_keypoints_2d=points(18).reshape(-1))
     given = {parameter.name: parameter.default for parameter in RECORD.parameters}
-    assert list(given) == ["style", "body", "hands", "face", "xinsir_sticks"]
+    assert list(given) == ["style", "body", "hands", "face", "xinsir_sticks", "threshold"]
     np.testing.assert_array_equal(pose(PICTURE, frame, **given), pose(PICTURE, frame))

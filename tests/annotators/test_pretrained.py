@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zeroconv.annotators import pretrained
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.pose_estimation import build_detector, build_estimator
+from zeroconv.annotators.networks import pretrained
+from zeroconv.annotators.networks.people import build_detector, build_estimator
 
 from . import pretrained_tiny as tiny
 

@@ -18,14 +18,14 @@ from transformers import CLIPTokenizer, OneFormerImageProcessor
 
 from zeroconv.annotators import ANNOTATORS, pipeline, segments
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.networks import NETWORKS
+from zeroconv.annotators.networks import NETWORKS, oneformer
 from zeroconv.annotators.palettes import ADE20K, COCO
 
 from . import pretrained_tiny as tiny
 
 KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[..., np.ndarray], Any, tuple[int, int]]] = {
-    "ade20k": (segments.build_ade20k, segments.segments_ade20k, ADE20K, segments.ADE20K_SIDES),
-    "coco": (segments.build_coco, segments.segments_coco, COCO, segments.COCO_SIDES),
+    "ade20k": (oneformer.build_ade20k, segments.segments_ade20k, ADE20K, segments.ADE20K_SIDES),
+    "coco": (oneformer.build_coco, segments.segments_coco, COCO, segments.COCO_SIDES),
 }
 
 
@@ -59,9 +59,9 @@ def test_the_table_names_these_functions():
     table = {network.name: network for network in NETWORKS}
     for kind, (build, function, _, _) in KINDS.items():
         (record,) = [record for record in ANNOTATORS if record.name == f"segments_{kind}"]
-        assert record.load() is function and record.parameters == ()
+        assert record.function is function and record.parameters == ()
         (name,) = record.networks
-        assert table[name].build == f"segments:{build.__name__}"
+        assert table[name].build == f"oneformer:{build.__name__}"
         assert [file.name for file in table[name].files] == ["config.json", "pytorch_model.bin"]
         assert (table[name].licence, table[name].commercial) == ("MIT", True)
 
@@ -70,7 +70,7 @@ def test_the_table_names_these_functions():
 def test_the_task_is_what_clip_reads(comfy_path: Path):
     folder = comfy_path / "comfy" / "sd1_tokenizer"
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    assert tokenizer("the task is semantic")["input_ids"] == list(segments.TASK)
+    assert tokenizer("the task is semantic")["input_ids"] == list(oneformer.TASK)
 
 
 def by_transformers(network: Any, image: np.ndarray, sides: tuple[int, int], folder: Path) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_every_pixel_has_the_class_that_transformers_gives(
     image = photograph(*size)
     expected = by_transformers(networks[kind], image, sides, tmp_path)
     assert len(np.unique(expected)) > 1
-    np.testing.assert_array_equal(segments.labels(networks[kind], image, *sides), expected)
+    np.testing.assert_array_equal(oneformer.labels(networks[kind], image, *sides), expected)
     hint = function(networks[kind], image.astype(np.float32) / 255)
     assert hint.shape == (*size, 3) and hint.dtype == np.float32
     np.testing.assert_array_equal(np.rint(hint * 255), np.array(palette)[expected])
@@ -124,18 +124,18 @@ def test_scores_add_up_over_queries():
     classes = torch.full((1, 3, 4), -50.0)
     classes[0, [0, 1, 2], [2, 1, 1]] = 50
     masks = torch.logit(torch.tensor([0.6, 0.4, 0.4])).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    assert segments.best(classes, masks, 2, 2).tolist() == [[1, 1], [1, 1]]
-    assert segments.best(classes[:, :2], torch.zeros(1, 2, 1, 1), 1, 2).tolist() == [[1, 1]]
+    assert oneformer.best(classes, masks, 2, 2).tolist() == [[1, 1], [1, 1]]
+    assert oneformer.best(classes[:, :2], torch.zeros(1, 2, 1, 1), 1, 2).tolist() == [[1, 1]]
 
 
 def test_a_network_of_another_palette_is_refused(tmp_path: Path):
     paths = tiny.oneformer(tmp_path, 133)
     with pytest.raises(AnnotatorError, match=r"names 133 classes; this palette has 150"):
-        segments.build_ade20k(*paths)
+        oneformer.build_ade20k(*paths)
 
 
 def test_half_precision_is_refused(tmp_path: Path):
-    network: Any = segments.build_coco(*tiny.oneformer(tmp_path, 133)).half()
+    network: Any = oneformer.build_coco(*tiny.oneformer(tmp_path, 133)).half()
     with pytest.raises(AnnotatorError, match=r"OneFormer is in torch\.float16; it answers rightly in float32 alone"):
         segments.segments_coco(network, np.zeros((64, 64, 3), np.float32))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 if TYPE_CHECKING:
     from hosting import Host
 
-from zeroconv.annotators import ANNOTATORS, Annotator, Parameter
+from zeroconv.annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from zeroconv.annotators.cache import HintCache
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.networks import File, Network
@@ -78,14 +80,16 @@ def fake(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     assert "Annotate" in host.ours
     fake = Fake()
     annotate, adapter = sys.modules["zeroconv.nodes.annotate"], sys.modules["zeroconv.nodes.host.annotators"]
-    module = SimpleNamespace(build=fake.build, tiny=fake.tiny, plain=fake.plain)
-    monkeypatch.setitem(sys.modules, "zeroconv.annotators.fake", module)
+    module = SimpleNamespace(build=fake.build)
+    monkeypatch.setitem(sys.modules, "zeroconv.annotators.networks.fake", module)
     entries = (
-        Annotator("tiny", "fake:tiny", (Parameter("gain", 1.0, "How bright."),), networks=("tiny",)),
-        Annotator("plain", "fake:plain"),
-        Annotator("lacking", "fake:tiny", networks=("tiny",), packages=("no_such_package",)),
+        Annotator("tiny", fake.tiny, (Parameter("gain", "How bright."),), networks=("tiny",), multiple=64),
+        Annotator("plain", fake.plain),
+        Annotator("lacking", fake.tiny, networks=("tiny",), packages=("no_such_package",)),
     )
     monkeypatch.setattr(annotate, "ANNOTATORS", (*entries, *ANNOTATORS))
+    listed = [(entry, parameter) for entry in entries for parameter in entry.parameters]
+    monkeypatch.setattr(annotate, "PARAMETERS", (*listed, *PARAMETERS))
     monkeypatch.setattr(annotate, "HINTS", HintCache(10**8))
     file = File("someone/tiny", "tiny.safetensors", SIZE, hashlib.sha256(save(WEIGHTS)).hexdigest())
     monkeypatch.setattr(adapter, "NETWORKS", (Network("tiny", "fake:build", (file,), "MIT"),))
@@ -304,6 +308,61 @@ def test_hints_are_kept_by_picture_and_own_parameters(host: Host, fake: Fake, we
     assert masked.abs().max() == 0
     assert torch.equal(annotate(host, image), first)
     assert len(fake.ran) == 7
+
+
+def test_changing_a_later_parameter_of_a_long_video_runs_no_annotator_again(
+    host: Host, fake: Fake, weights: Path, monkeypatch: pytest.MonkeyPatch
+):
+    annotate_node = sys.modules["zeroconv.nodes.annotate"]
+    (record,) = (entry for entry in ANNOTATORS if entry.name == "depth_small")
+    depths = torch.linspace(1, 2, 64 * 96).reshape(64, 96).numpy()
+
+    def see(network: Tiny, pictures: Any) -> Any:
+        fake.ran.append(pictures.shape)
+        return [depths * (1 + picture.mean()) for picture in pictures]
+
+    listed = replace(record, function=see, networks=("tiny",))
+    monkeypatch.setattr(annotate_node, "ANNOTATORS", (listed,))
+    monkeypatch.setattr(annotate_node, "AT_ONCE", 5 * 64 * 96)
+    image = torch.linspace(0.1, 0.9, 12).reshape(12, 1, 1, 1).expand(12, 64, 96, 3)
+    each = annotate(host, image, "depth_small")
+    assert fake.ran == [(5, 64, 96, 3), (5, 64, 96, 3), (2, 64, 96, 3)]
+    together = annotate(host, image, "depth_small", depth_small_range="batch")
+    masked = annotate(host, image, "depth_small", depth_small_range="batch", mask=torch.ones(1, 64, 96))
+    assert len(fake.ran) == 3
+    assert (each.amin((1, 2, 3)) == 0).all() and (each.amax((1, 2, 3)) == 1).all()
+    assert together.amin() == 0 and together.amax() == 1 and together[0].amax() < 0.5
+    assert torch.equal(masked, together)
+    changed = image.clone()
+    changed[7] = 0.3
+    annotate(host, changed, "depth_small")
+    assert fake.ran[3:] == [(1, 64, 96, 3)]
+
+
+def test_a_video_takes_little_more_than_itself_and_its_hints(host: Host, fake: Fake):
+    """24 frames of 1024x576: beside their 170 MB and as much of hints, the node takes half of that sum at most."""
+    import psutil
+
+    image = torch.rand(24, 36, 64, 3).repeat(1, 16, 16, 1)
+    annotate(host, image[:2], "canny")
+    process, over = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+    most = [before]
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        hints = annotate(host, image, "canny")
+    finally:
+        over.set()
+        watcher.join()
+    size = image.numel() * 4
+    assert hints.shape == image.shape
+    assert most[0] - before < size + 0.5 * 2 * size
 
 
 def test_a_hint_that_another_node_wrote_into_is_not_given_again(host: Host, fake: Fake, weights: Path):

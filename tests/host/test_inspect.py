@@ -9,6 +9,7 @@ import torch
 from kinds import OTHERS
 from safetensors.torch import save_file
 
+from zeroconv.controlnet_core.files.kinds import KINDS
 from zeroconv.controlnet_core.files.saving import to_difference_file, to_file
 from zeroconv.controlnet_core.networks.control_lora import ControlLora
 from zeroconv.controlnet_core.networks.controlnet import ControlNet
@@ -171,3 +172,9 @@ def test_a_control_that_is_none_of_ours_says_so(host: Host):
     facts = inspect(host, comfy.controlnet.ControlBase())
     assert facts["format"] == "ControlBase of another loader"
     assert facts["not known here"].endswith("load its file with Load ControlNet (ZeroConv)")
+
+
+def test_each_kind_of_control_has_a_class_that_runs_it(host: Host):
+    from zeroconv.nodes.host.files import HOST_CLASSES
+
+    assert set(HOST_CLASSES) == {kind.network for kind in KINDS}

@@ -23,10 +23,10 @@ from skimage.data import astronaut
 if TYPE_CHECKING:
     from hosting import Host
 
-from zeroconv.annotators import ANNOTATORS, Annotator, moge
+from zeroconv.annotators import ANNOTATORS, Annotator
 from zeroconv.annotators.cache import HintCache
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.networks import NETWORKS, File, Network
+from zeroconv.annotators.networks import NETWORKS, File, Network, moge
 from zeroconv.benchmarks import weights
 
 from ..annotators import pretrained_tiny as tiny

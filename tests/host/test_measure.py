@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,6 +111,7 @@ class Finder:
 
 
 def test_the_annotators_networks_come_from_the_host(host: Host, monkeypatch: pytest.MonkeyPatch):
+    from zeroconv.annotators.pose import human_pose
     from zeroconv.nodes.host import annotators as host_annotators
 
     asked = []
@@ -118,14 +121,16 @@ def test_the_annotators_networks_come_from_the_host(host: Host, monkeypatch: pyt
         asked.append(tuple(names))
         return [finder] * len(names)
 
+    @wraps(human_pose)
     def find(*given: Any, **parameters: Any) -> tuple[np.ndarray, dict[str, Any]]:
         given[0].calls += 1
         return given[-1], made["pose_keypoints"][0]
 
     made = scene(host, 5)
     monkeypatch.setattr(host_annotators, "networks", networks)
-    monkeypatch.setattr(annotators.Annotator, "load", lambda self: find)
     (record,) = (entry for entry in annotators.ANNOTATORS if entry.name == "human_pose")
+    fake = replace(record, function=find)
+    monkeypatch.setattr(sys.modules["zeroconv.nodes.measure"], "ANNOTATORS", (fake,))
     images = made["image"].repeat(3, 1, 1, 1)
     score, *_ = host.call(
         "MeasureControl", image=images, hint=made["pose"], annotator="human_pose", pose_keypoints=made["pose_keypoints"]

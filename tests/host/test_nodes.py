@@ -81,6 +81,9 @@ CONTRACT = {
             "luminance_gamma",
             "intensity_gamma",
             "shuffle_seed",
+            # what came later
+            "pose_threshold",
+            *("depth_large_range", "depth_small_range", "depth_anything_range", "depth_zoe_range"),
             *("mask", "pose_keypoints"),
         ],
         ["hint", "pose_keypoints"],

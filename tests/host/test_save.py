@@ -185,7 +185,7 @@ def test_every_kind_of_control_is_loaded_saved_and_loaded(host: Host, kind: str,
     assert first.loaded.control.kind == kind
     name = save(host, first, filename="saved", layout=layout)
     again = load(host, name)
-    assert ("diffusers" in again.loaded.format) == (layout == "diffusers")
+    assert ("diffusers" in again.loaded.format.name) == (layout == "diffusers")
     assert_bits(weights_of(again), {key: tensor.detach() for key, tensor in network.state_dict().items()})
 
 

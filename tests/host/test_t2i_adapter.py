@@ -228,7 +228,7 @@ def test_ours_in_the_hosts_apply_node(host: Host, scenes: dict[str, Scene]):
 def test_every_layout_is_the_same_network(host: Host, kind: str, layout: str):
     """Tensor for tensor, so the latents above are theirs too."""
     expected, control = weights(kind), load(host, kind, layout)
-    assert control.loaded.format == ("T2I-Adapter, diffusers" if layout == "diffusers" else "T2I-Adapter")
+    assert control.loaded.format.name == ("T2I-Adapter, diffusers" if layout == "diffusers" else "T2I-Adapter")
     found = control.loaded.control.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)

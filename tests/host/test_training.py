@@ -288,17 +288,17 @@ def test_cancel_keeps_everything_and_the_next_queue_goes_on(
 ):
     import comfy.model_management
 
-    def trainees() -> set[int]:
+    def controlled_unets() -> set[int]:
         return {id(thing) for thing in gc.get_objects() if type(thing) is ControlledUNet}
 
-    before, others = weights_of(model), trainees()
+    before, others = weights_of(model), controlled_unets()
     with monkeypatch.context() as patch:
         cancel_after(patch, 3)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             run(steps=6)
     assert [path.name for path in checkpoint.files(output / "mine" / "checkpoints")] == ["step-00000003.safetensors"]
     gc.collect()
-    assert trainees() <= others
+    assert controlled_unets() <= others
     assert_bits(weights_of(model), before)
     assert not (output / "mine" / "control.safetensors").exists()
     _, _, samples, _ = run(steps=6)

@@ -6,10 +6,10 @@ import torch
 from tiny_models import randomise, unet_config
 from torch import Tensor
 
-from zeroconv.controlnet_core.files.formats import to_diffusers
+from zeroconv.controlnet_core.files.layouts import to_diffusers
 from zeroconv.controlnet_core.networks.control_lora import ControlLora, to_control_lora
 from zeroconv.controlnet_core.networks.lite import ControlNetLite
-from zeroconv.controlnet_core.networks.t2i_adapter import SOCKETS, AdapterConfig, T2IAdapter
+from zeroconv.controlnet_core.networks.t2i_adapter import INJECTION_POINTS, AdapterConfig, T2IAdapter
 from zeroconv.controlnet_core.networks.unet import UNetConfig
 from zeroconv.controlnet_core.networks.union import UnionControlNet
 
@@ -60,7 +60,7 @@ def adapter_state(family: str = "sd15", light: bool = False, seed: int = 707) ->
     """A T2I-Adapter for the tiny model of `family`, in its authors' layout."""
     config, multiple = tiny_config(family), 16 if family == "sdxl" else 8
     channels = (*config.skip_channels, config.skip_channels[-1])
-    places = SOCKETS[multiple].places
+    places = INJECTION_POINTS[multiple].places
     network = T2IAdapter(AdapterConfig(tuple(channels[place] for place in places), hint_multiple=multiple, light=light))
     randomise(network, seed)
     return dict(network.state_dict())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zeroconv.controlnet_core.networks.controlnet import ControlNet
 from zeroconv.controlnet_core.networks.unet import UNet
+from zeroconv.controlnet_core.training.checkpoint import newest
 from zeroconv.lab import commands, dataset, loop, models, train
 from zeroconv.lab.autoencoder import Autoencoder
 from zeroconv.lab.loop import fit
@@ -70,33 +71,34 @@ def test_interrupted_training_goes_on_bit_for_bit(place: str, tmp_path: Path, mo
     monkeypatch.setattr(loop, "SAVE_EVERY", 4)
     whole, first, second = [], [], []
     model = tiny_model().to(place)
-    fit(model, recorded(model, whole), tmp_path / "whole.pt", 12, lr=1e-2)
+    fit(model, recorded(model, whole), tmp_path / "whole", 12, lr=1e-2)
 
     interrupted = tiny_model().to(place)
     with pytest.raises(Interrupted):
-        fit(interrupted, recorded(interrupted, first, stop_at=6), tmp_path / "parts.pt", 12, lr=1e-2)
+        fit(interrupted, recorded(interrupted, first, stop_at=6), tmp_path / "parts", 12, lr=1e-2)
     torch.manual_seed(999)  # whatever happened in between must not matter
     resumed = tiny_model().to(place)
-    fit(resumed, recorded(resumed, second), tmp_path / "parts.pt", 12, lr=1e-2)
+    fit(resumed, recorded(resumed, second), tmp_path / "parts", 12, lr=1e-2)
 
     assert len(whole) == 12 and whole[0] != whole[-1]
     assert first == whole[:6]
     assert second == whole[4:]  # from the last checkpoint on
     for key, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_finished_training_only_loads_the_averaged_weights(tmp_path: Path):
     model, again = tiny_model(), tiny_model()
-    fit(model, recorded(model, []), tmp_path / "done.pt", 3, lr=1e-2)
-    fit(again, recorded(again, [], stop_at=0), tmp_path / "done.pt", 3, lr=1e-2)
-    saved = torch.load(tmp_path / "done.pt", weights_only=True)
-    assert saved["step"] == 3
+    fit(model, recorded(model, []), tmp_path / "done", 3, lr=1e-2)
+    fit(again, recorded(again, [], stop_at=0), tmp_path / "done", 3, lr=1e-2)
+    saved = newest(tmp_path / "done")
+    assert saved is not None and saved.step == 3
+    average, weights = saved.part("average."), saved.part("model.")
     for key, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
-        assert torch.equal(value, saved["average"][key])
-    assert not torch.equal(saved["average"]["0.weight"], saved["model"]["0.weight"])
+        assert torch.equal(value, average[key])
+    assert not torch.equal(average["0.weight"], weights["0.weight"])
 
 
 def test_average_follows_the_weights(tmp_path: Path):
@@ -107,10 +109,11 @@ def test_average_follows_the_weights(tmp_path: Path):
         seen.append(model.weight.item())
         return model.weight.sum()
 
-    fit(model, loss_of_step, tmp_path / "x.pt", 2, lr=1e-1, ema_decay=0.25)
-    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    fit(model, loss_of_step, tmp_path / "x", 2, lr=1e-1, ema_decay=0.25)
+    saved = newest(tmp_path / "x")
+    assert saved is not None
     # The decay is step / (step + 10) until it reaches ema_decay: 1/11, then 2/12.
-    after = [seen[1], saved["model"]["weight"].item()]
+    after = [seen[1], saved.part("model.")["weight"].item()]
     first = seen[0] / 11 + after[0] * 10 / 11
     assert model.weight.item() == pytest.approx(first * 2 / 12 + after[1] * 10 / 12, rel=1e-5)
 

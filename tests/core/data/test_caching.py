@@ -184,7 +184,7 @@ def test_a_process_that_dies_between_two_writes_loses_a_shard_at_most(
             raise Dead
         return rename(self, target)
 
-    monkeypatch.setattr(writer, "MOST", 2)
+    monkeypatch.setattr(writer, "SHARD_ITEMS", 2)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", dying)
         patch.setattr(Path, "unlink", lambda *_, **__: None)
@@ -205,7 +205,7 @@ def test_killed_processes_leave_what_can_be_gone_on_with(tmp_path: Path):
     code = (
         f"import runpy, sys; runpy.run_path({str(here.parents[3] / 'dev.py')!r}); "
         f"sys.path.insert(0, {str(here.parent)!r}); import toy; from pathlib import Path; "
-        "from zeroconv.controlnet_core.data import writer; writer.MOST = 2; "
+        "from zeroconv.controlnet_core.data import writer; writer.SHARD_ITEMS = 2; "
         "encoders = toy.Encoders(); folder = Path(sys.argv[1]); "
         "toy.cache(folder, toy.items(60), encoders)"
     )
@@ -258,7 +258,7 @@ def test_a_shard_that_no_manifest_names_is_written_over(tmp_path: Path):
 
 
 def test_a_shard_holds_one_size_and_as_much_as_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(writer, "FULL", 3 * (64 * 64 * 3 + 4 * 64 * 4 + 8))  # three items of 64x64
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3 * (64 * 64 * 3 + 4 * 64 * 4 + 8))  # three items of 64x64
     cache(tmp_path, items(10))
     shards = [load_file(path) for path in sorted(tmp_path.glob("shard-*"))]
     assert [tuple(shard["hints"].shape) for shard in shards] == [
@@ -273,7 +273,7 @@ def test_a_shard_holds_one_size_and_as_much_as_fits(tmp_path: Path, monkeypatch:
     assert_holds(tmp_path, items(10))
 
 
-@pytest.mark.parametrize(("limit", "value"), [("FULL", 2 * 4 * 8 * 2), ("MOST_PROMPTS", 2)])
+@pytest.mark.parametrize(("limit", "value"), [("SHARD_BYTES", 2 * 4 * 8 * 2), ("FILE_PROMPTS", 2)])
 def test_many_prompts_become_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int):
     monkeypatch.setattr(writer, limit, value)
     given = [replace(item, prompt=f"prompt {i}") for i, item in enumerate(items(9))]

@@ -67,7 +67,7 @@ def test_the_empty_prompt_is_always_there(tmp_path: Path):
     cache(tmp_path, [replace(item, prompt="a cat") for item in items(2)])
     dataset = Dataset.open(tmp_path)
     assert dataset.prompts == ("", "a cat")
-    context, pooled = dataset.empty
+    context, pooled = dataset.empty_prompt
     assert torch.equal(context, context_of("").half().float())
     assert pooled is None
 
@@ -81,7 +81,7 @@ def test_sdxl_items_come_with_pooled_text_and_sizes(tmp_path: Path):
     assert torch.equal(batch.pooled, context_of(PROMPTS[1]).mean(0)[None].half().float())
     # 288x128 becomes 192x85.3, of which 2.7 pixels go on either side
     assert batch.sizes.tolist() == [[288, 128, 0, 3, 192, 80]]
-    assert torch.equal(dataset.empty[1], context_of("").mean(0).half().float())
+    assert torch.equal(dataset.empty_prompt[1], context_of("").mean(0).half().float())
 
 
 def test_grey_hints_take_a_third_of_the_room_and_are_read_as_three_channels(tmp_path: Path):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zeroconv.controlnet_core.data.caching import Annotate, Caching, make
+from zeroconv.controlnet_core.data.caching import Annotate, CachingProgress, make
 from zeroconv.controlnet_core.data.sources import Item
 from zeroconv.controlnet_core.data.writer import CachingOptions
 
@@ -78,7 +78,7 @@ def cache(
     encoders: Encoders | None = None,
     options: CachingOptions = SMALL,
     annotate: Annotate | None = None,
-) -> Caching:
+) -> CachingProgress:
     """A whole run of caching; gives where it ended."""
     encoders = encoders or Encoders()
     *_, last = make(folder, given, encoders.encode_pictures, encoders.encode_prompt, annotate, options)

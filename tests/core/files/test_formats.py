@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from zeroconv.controlnet_core.files.diagnosis import diagnose
-from zeroconv.controlnet_core.files.formats import (
-    FORMATS,
-    UnknownFormat,
-    detect,
-    from_diffusers,
-    from_ldm,
-    to_diffusers,
-)
+from zeroconv.controlnet_core.files.kinds import KINDS, UnknownFormat, detect
+from zeroconv.controlnet_core.files.layouts import from_diffusers, from_ldm, to_diffusers
 from zeroconv.controlnet_core.networks.controlnet import ControlNet
 from zeroconv.controlnet_core.networks.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
@@ -167,7 +161,7 @@ def test_each_layout_is_told_and_brought_to_ldm(layout: str):
     state = weights(TINY)
     written = write(state)
     before = dict(written)
-    found = detect(written)
+    _, found = detect(written)
     assert found.name == name
     assert found.needs_base == ("difference" in layout)
     canonical = found.canonicalize(written)
@@ -180,8 +174,8 @@ def test_each_layout_is_told_and_brought_to_ldm(layout: str):
 def test_a_missing_first_key_does_not_hide_the_layout():
     state = weights(TINY)
     del state["zero_convs.0.0.weight"]
-    assert detect(state).name == "ldm"
-    assert detect(prefixed(state)).name == "ldm with prefix"
+    assert detect(state)[1].name == "ldm"
+    assert detect(prefixed(state))[1].name == "ldm with prefix"
 
 
 def test_a_checkpoint_keeps_the_keys_that_nobody_knows():
@@ -193,7 +187,7 @@ def test_a_checkpoint_keeps_the_keys_that_nobody_knows():
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_the_dtype_stays(layout: str, dtype: torch.dtype):
     state = WRITTEN[layout][0]({key: torch.empty_like(t, dtype=dtype) for key, t in weights(TINY).items()})
-    assert {tensor.dtype for tensor in detect(state).canonicalize(state).values()} == {dtype}
+    assert {tensor.dtype for tensor in detect(state)[1].canonicalize(state).values()} == {dtype}
 
 
 @pytest.mark.parametrize("layout", ["bare", "checkpoint", "diffusers"])
@@ -202,7 +196,7 @@ def test_flat_projections_of_sd15_become_convolutions(layout: str):
     flat = {key: t[:, :, 0, 0] if "proj_" in key and t.ndim == 4 else t for key, t in weights(SD15).items()}
     assert flat["middle_block.1.proj_out.weight"].shape == (1280, 1280)
     written = to_diffusers(flat, SD15) if layout == "diffusers" else WRITTEN[layout][0](flat)
-    assert shapes(detect(written).canonicalize(written)) == shapes(weights(SD15))
+    assert shapes(detect(written)[1].canonicalize(written)) == shapes(weights(SD15))
 
 
 FLAT = [SD21, SDXL, replace(SD15, model_channels=64, use_linear=True)]
@@ -218,7 +212,7 @@ def test_flat_projections_of_other_families_stay(config: UNetConfig):
 # -- kinds of control -------------------------------------------------------------------------------------------------
 
 Q = "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-KINDS: list[tuple[tuple[str, ...], str]] = [
+TOLD: list[tuple[tuple[str, ...], str]] = [
     (("lora_controlnet", "zero_convs.0.0.weight", "input_blocks.1.0.in_layers.2.up"), "Control-LoRA"),
     ((f"{Q}.down.0.weight", f"{Q}.conditioning1.0.weight"), "ControlLLLite"),
     (
@@ -238,13 +232,13 @@ KINDS: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "name"), KINDS)
+@pytest.mark.parametrize(("keys", "name"), TOLD)
 def test_each_kind_is_told_by_its_keys(keys: tuple[str, ...], name: str):
-    assert detect({key: torch.ones(1) for key in keys}).name == name
+    assert detect({key: torch.ones(1) for key in keys})[1].name == name
 
 
-def test_each_record_has_a_case_here():
-    assert {name for _, name in KINDS} == {record.name for record in FORMATS}
+def test_each_format_has_a_case_here():
+    assert {name for _, name in TOLD} == {form.name for kind in KINDS for form in kind.formats}
 
 
 # -- what is no ControlNet of ours ------------------------------------------------------------------------------------

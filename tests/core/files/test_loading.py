@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.files.formats import to_diffusers
+from zeroconv.controlnet_core.files.layouts import to_diffusers
 from zeroconv.controlnet_core.files.loading import LoadError, load_control, load_unet, read_weights, usual_dtype
 from zeroconv.controlnet_core.networks.controlnet import ControlNet
 from zeroconv.controlnet_core.networks.unet import SD15, UNet, UNetConfig
@@ -115,7 +115,7 @@ def test_every_layout_loads_back_to_the_same_output(layout: str, family: str):
     written = dict(write(net))
     before = {key: tensor.clone() for key, tensor in written.items()}
     loaded = load_control(written, metadata(family))
-    assert (loaded.format, loaded.control.family, loaded.control.config) == (name, family, net.config)
+    assert (loaded.format.name, loaded.control.family, loaded.control.config) == (name, family, net.config)
     assert loaded.metadata == metadata(family)
     assert loaded.dropped == len(written) - len(net.state_dict())
     assert (loaded.dropped > 600) == (layout == "checkpoint")
@@ -133,7 +133,7 @@ def test_a_difference_file_is_the_base_plus_the_difference(prefix: str, family: 
     assert len(added) > 200
     state = {key: tensor - added[key] if key in added else tensor for key, tensor in net.state_dict().items()}
     loaded = load_control({**prefixed(state, prefix), "difference": torch.ones(0)}, metadata(family), base=base)
-    assert (loaded.format, loaded.dropped) == ("difference", 1)
+    assert (loaded.format.name, loaded.dropped) == ("difference", 1)
     for key, tensor in loaded.control.state_dict().items():
         assert torch.equal(tensor, state[key] + added[key] if key in added else state[key]), key
 

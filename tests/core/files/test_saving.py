@@ -26,6 +26,7 @@ from zeroconv.controlnet_core.files.saving import (
     write,
 )
 from zeroconv.controlnet_core.networks import control_lora
+from zeroconv.controlnet_core.networks.configuration import heads_metadata
 from zeroconv.controlnet_core.networks.control_lora import ControlLora
 from zeroconv.controlnet_core.networks.controlnet import BaseMismatch, ControlNet
 from zeroconv.controlnet_core.networks.lite import ControlNetLite
@@ -127,7 +128,7 @@ def test_load_save_load_is_bit_exact(tmp_path: Path, name: str, layout: str, dty
     write(path, *to_file(network, layout, dtype))
     first = load_control(*read_weights(path))
     assert type(first.control) is type(network)
-    assert ("diffusers" in first.format) == (layout == "diffusers")
+    assert ("diffusers" in first.format.name) == (layout == "diffusers")
     assert_bits(first.control.state_dict(), {key: t.to(dtype) for key, t in network.state_dict().items()})
 
     second = tmp_path / "b.safetensors"
@@ -175,7 +176,7 @@ def test_what_was_saved_is_on_the_cpu_and_the_network_stays_as_it_is():
 )
 def test_metadata_tells_heads_only_where_shapes_do_not(config: UNetConfig, heads: dict[str, str]):
     net = ControlNet(config, device="meta")
-    found = saving._heads(net)
+    found = heads_metadata(config)
     assert found == heads
     written = load_control(net.state_dict(), found, device="meta")
     channels = config.model_channels
@@ -313,7 +314,7 @@ def test_a_difference_and_its_base_give_the_control_back(tmp_path: Path, dtype: 
     path = tmp_path / "difference.safetensors"
     write(path, *to_difference_file(net, old))
     loaded = load_control(*read_weights(path), base=old)
-    assert loaded.format == "difference"
+    assert loaded.format.name == "difference"
     assert loaded.metadata["content"] == "difference"
     near = 0
     for key, tensor in loaded.control.state_dict().items():

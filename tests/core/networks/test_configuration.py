@@ -12,7 +12,6 @@ from torch import Tensor
 from zeroconv.controlnet_core.networks.configuration import (
     ConfigurationError,
     describe_mismatch,
-    family,
     read_unet_config,
 )
 from zeroconv.controlnet_core.networks.controlnet import ControlNet
@@ -179,7 +178,7 @@ def test_reading_leaves_the_weights_alone():
     ],
 )
 def test_family(config: UNetConfig, name: str):
-    assert family(config) == name
+    assert config.family == name
 
 
 @pytest.mark.parametrize(

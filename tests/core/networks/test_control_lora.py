@@ -67,7 +67,7 @@ def control_lora_file(family: str, rank: Callable[[int], int] = lambda i: 4) -> 
 
 def loaded(family: str, file: State) -> ControlLora:
     found = load_control(file, {"num_heads": "8"} if family == "SD1.x" else {}, name="lora.safetensors")
-    assert (found.format, found.dropped) == ("Control-LoRA", 1)
+    assert (found.format.name, found.dropped) == ("Control-LoRA", 1)
     return found.control
 
 

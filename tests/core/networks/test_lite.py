@@ -143,7 +143,7 @@ def test_a_saved_one_is_found_and_loads_bit_for_bit(tmp_path: Path, name: str, h
     path = tmp_path / "lite.safetensors"
     write(path, *to_file(network))
     found = load_control(*read_weights(path))
-    assert (found.format, found.dropped, type(found.control)) == ("ControlNet-lite", 0, ControlNetLite)
+    assert (found.format.name, found.dropped, type(found.control)) == ("ControlNet-lite", 0, ControlNetLite)
     assert (found.metadata["kind"], found.metadata["family"]) == ("ControlNet-lite", network.family)
     ours, theirs = found.control.state_dict(), network.state_dict()
     assert list(ours) == list(theirs)

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from zeroconv.controlnet_core.dosing.block_weights import BlockWeights
 from zeroconv.controlnet_core.dosing.strength import Strength
+from zeroconv.controlnet_core.files.kinds import detect
 from zeroconv.controlnet_core.networks.configuration import ConfigurationError
 from zeroconv.controlnet_core.networks.lllite import (
     ControlLLLite,
     LLLiteError,
     applied,
     build,
-    canonicalize,
     targets,
 )
 from zeroconv.controlnet_core.networks.unet import UNet
@@ -110,7 +110,7 @@ def file_for(unet: nn.Module, choice: Callable[[str, nn.Module], bool], e: int =
 
 def loaded(state: dict[str, Tensor]) -> ControlLLLite:
     """As a file is loaded: built without memory, then filled strictly."""
-    control = build(canonicalize(state), {}, device="meta")
+    control = build(detect(state)[1].canonicalize(state), {}, device="meta")
     control.load_state_dict(state, assign=True)
     return control
 
@@ -396,7 +396,7 @@ def test_a_file_without_some_weight():
 
 def test_unknown_keys_are_left_to_be_named():
     state = layer_state(QUERY, 20, (), 1, 6, 10, torch.Generator()) | {"stray": torch.zeros(1)}
-    assert "stray" in canonicalize(state)
+    assert "stray" in detect(state)[1].canonicalize(state)
     with pytest.raises(RuntimeError, match='Unexpected key.*"stray"'):
         build(state, {}).load_state_dict(state)
 

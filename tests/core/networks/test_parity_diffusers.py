@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.files.formats import from_diffusers
+from zeroconv.controlnet_core.files.layouts import from_diffusers
 from zeroconv.controlnet_core.networks.controlnet import ControlNet
 from zeroconv.controlnet_core.networks.residuals import Residuals
 from zeroconv.controlnet_core.networks.unet import UNet, UNetConfig

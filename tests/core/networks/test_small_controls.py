@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.files.formats import to_diffusers
+from zeroconv.controlnet_core.files.layouts import to_diffusers
 from zeroconv.controlnet_core.files.loading import LoadError, load_control
 from zeroconv.controlnet_core.networks.configuration import read_unet_config
 from zeroconv.controlnet_core.networks.controlnet import ControlNet

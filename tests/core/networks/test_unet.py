@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from zeroconv.controlnet_core.networks.controlnet import ControlNet
-from zeroconv.controlnet_core.networks.layers import GEGLU, Downsample, SpatialTransformer, Upsample, timestep_embedding
+from zeroconv.controlnet_core.networks.layers import (
+    GEGLU,
+    Downsample,
+    SpatialTransformer,
+    Upsample,
+    multi_head_attention,
+    timestep_embedding,
+)
 from zeroconv.controlnet_core.networks.unet import SD15, SD21, SDXL, UNet, UNetConfig
 
 from ..small import FULL, SMALL, TINY, assert_within, inputs, randomise_zeros, relative_change, seeded, tensors
@@ -185,6 +192,24 @@ def test_every_layer_comes_from_operations(network: type[UNet | ControlNet], lay
     assert sum(built.values()) == len(with_weights) > 100
     assert all(isinstance(module, tuple(vars(operations).values())) for module in with_weights)
     assert all(built.values())
+
+
+@pytest.mark.parametrize("layout", SMALL)
+def test_attention_is_that_of_operations_where_they_bring_one(layout: str):
+    asked = []
+
+    def own(q: Tensor, k: Tensor, v: Tensor, heads: int, precision: torch.dtype | None) -> Tensor:
+        asked.append(precision)
+        return multi_head_attention(q, k, v, heads, precision)
+
+    operations = SimpleNamespace(**{name: getattr(nn, name) for name in ("Linear", "Conv2d", "GroupNorm", "LayerNorm")})
+    plain, batch = seeded(UNet, SMALL[layout]), inputs(SMALL[layout])
+    ours = UNet(SMALL[layout], operations=SimpleNamespace(**vars(operations), multi_head_attention=own))
+    ours.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(batch.predict(ours), batch.predict(plain))
+    assert len(asked) == sum(name.endswith((".attn1", ".attn2")) for name, _ in plain.named_modules()) > 10
+    assert set(asked) == {torch.float32 if layout == "SD2.x" else None}
 
 
 @pytest.mark.parametrize("network", [UNet, ControlNet])

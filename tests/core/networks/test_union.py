@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zeroconv.controlnet_core.files.formats import from_diffusers, to_diffusers
+from zeroconv.controlnet_core.files.layouts import from_diffusers, to_diffusers
 from zeroconv.controlnet_core.files.loading import load_control
 from zeroconv.controlnet_core.networks.configuration import ConfigurationError
 from zeroconv.controlnet_core.networks.residuals import Residuals

@@ -14,7 +14,7 @@ import torch
 from zeroconv.controlnet_core.files.loading import read_weights
 from zeroconv.controlnet_core.training import __main__ as command
 from zeroconv.controlnet_core.training import checkpoint
-from zeroconv.controlnet_core.training.distributed import ALONE, DistributedError, Process, described, joined
+from zeroconv.controlnet_core.training.distributed import ALONE, DistributedError, Process, from_environment, joined
 
 from .tiny import base, dataset, write_config
 
@@ -47,7 +47,7 @@ def losses(run: Path) -> list[list[float]]:
 
 
 def test_alone_nothing_is_set_up():
-    assert described({}) == ALONE
+    assert from_environment({}) == ALONE
     with joined({}) as process:
         assert process == Process(0, 1, torch.device("cpu"))
         assert not torch.distributed.is_initialized()
@@ -56,14 +56,19 @@ def test_alone_nothing_is_set_up():
         assert process.mean(number) is number
 
 
+def test_each_takes_its_share_of_the_examples():
+    assert [list(range(6))[Process(rank, 3).share(6)] for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert list(range(6))[ALONE.share(6)] == list(range(6))
+
+
 def test_what_a_launcher_says(monkeypatch: pytest.MonkeyPatch):
     environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
-    assert described(environment) == Process(3, 4, torch.device("cpu"))
+    assert from_environment(environment) == Process(3, 4, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert described(environment) == Process(3, 4, torch.device("cuda", 1))
+    assert from_environment(environment) == Process(3, 4, torch.device("cuda", 1))
     with pytest.raises(DistributedError, match="process 2 of this machine finds 2 GPUs: start no more processes"):
-        described({**environment, "LOCAL_RANK": "2"})
+        from_environment({**environment, "LOCAL_RANK": "2"})
 
 
 def test_a_launcher_that_gives_no_address_is_told_of(monkeypatch: pytest.MonkeyPatch):

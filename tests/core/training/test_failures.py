@@ -17,7 +17,8 @@ from zeroconv.controlnet_core.files import saving
 from zeroconv.controlnet_core.files.saving import SaveError
 from zeroconv.controlnet_core.training import checkpoint, objective
 from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
-from zeroconv.controlnet_core.training.loop import TrainingStopped, advice
+from zeroconv.controlnet_core.training.loop import TrainingStopped
+from zeroconv.controlnet_core.training.memory import advice
 from zeroconv.controlnet_core.training.options import OptionsError
 
 from .tiny import dataset, fit, quick, training

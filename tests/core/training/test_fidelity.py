@@ -47,7 +47,7 @@ def test_a_fresh_control_samples_what_the_base_samples(data: Dataset, tmp_path: 
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
         cond = unet(x, timesteps, batch.context)
-        uncond = unet(x, timesteps, data.empty[0].expand_as(batch.context))
+        uncond = unet(x, timesteps, data.empty_prompt[0].expand_as(batch.context))
         return diffusion.guide(cond, uncond, 2.0)
 
     assert first is not None

@@ -33,8 +33,8 @@ def trained(folder: Path) -> dict[str, Tensor]:
     return read_weights(folder / "control.safetensors")[0]
 
 
-def keep_trainee(monkeypatch: pytest.MonkeyPatch) -> list[ControlledUNet]:
-    """Where the controlled of the next training will lie."""
+def keep_controlled(monkeypatch: pytest.MonkeyPatch) -> list[ControlledUNet]:
+    """Where the controlled UNet of the next training will lie."""
     kept: list[ControlledUNet] = []
 
     def building(*arguments: Any) -> ControlledUNet:
@@ -95,7 +95,7 @@ def count(function: Any, calls: list[Any]) -> Any:
 def test_the_first_step_moves_the_zero_convolutions_and_the_second_the_copy_too(
     data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    kept = keep_trainee(monkeypatch)
+    kept = keep_controlled(monkeypatch)
     with closing(training(quick(weight_decay=0.0), data, tmp_path)) as steps:
         next(steps)
         control = kept[0].control
@@ -118,7 +118,7 @@ def test_the_first_step_moves_the_zero_convolutions_and_the_second_the_copy_too(
 
 
 def test_the_locked_unet_stays_bit_for_bit(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    kept = keep_trainee(monkeypatch)
+    kept = keep_controlled(monkeypatch)
     fit(quick(weight_decay=0.1), data, tmp_path)
     assert equal(dict(kept[0].unet.state_dict()), base())
     assert all(p.grad is None for p in kept[0].unet.parameters())
@@ -276,7 +276,7 @@ def test_empty_prompts_reach_the_network(data: Dataset, tmp_path: Path, monkeypa
     fit(quick(empty_prompts=share), data, tmp_path)
     for call, indices in zip(calls, list(read), strict=True):
         own = data.read(indices).context
-        expected = data.empty[0].expand_as(own) if share else own
+        expected = data.empty_prompt[0].expand_as(own) if share else own
         assert torch.equal(call[3], expected)
 
 
@@ -304,7 +304,7 @@ def test_gradient_checkpointing_gives_the_same_with_less_kept(data: Dataset, tmp
 def test_bf16_keeps_what_is_locked_in_bf16_and_what_is_trained_in_fp32(
     data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    kept = keep_trainee(monkeypatch)
+    kept = keep_controlled(monkeypatch)
     full = losses(fit(quick(), data, tmp_path / "fp32"))
     half = losses(fit(quick(precision="bf16"), data, tmp_path / "bf16"))
     assert half == pytest.approx(full, rel=0.02)

@@ -14,7 +14,7 @@ SHAPE = torch.Size((6, 4, 3, 5))
 
 
 def equal(a: Draws, b: Draws) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("timesteps", "noise", "empty"))
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("timesteps", "noise", "empty_prompts"))
 
 
 def test_draws_follow_from_seed_and_number_alone():
@@ -24,9 +24,13 @@ def test_draws_follow_from_seed_and_number_alone():
     assert equal(before, draw(options, 7, SHAPE))
     assert not equal(before, draw(options, 8, SHAPE))
     assert not equal(before, draw(quick(seed=4), 7, SHAPE))
-    assert before.timesteps.shape == before.empty.shape == (6,)
+    assert before.timesteps.shape == before.empty_prompts.shape == (6,)
     assert before.noise.shape == SHAPE
-    assert (before.timesteps.dtype, before.noise.dtype, before.empty.dtype) == (torch.int64, torch.float32, torch.bool)
+    assert (before.timesteps.dtype, before.noise.dtype, before.empty_prompts.dtype) == (
+        torch.int64,
+        torch.float32,
+        torch.bool,
+    )
 
 
 def test_large_seeds_and_numbers_do():
@@ -38,12 +42,12 @@ def test_a_part_of_the_draws_is_what_the_whole_has_there():
     part = whole.part(slice(2, 4))
     assert torch.equal(part.noise, whole.noise[2:4])
     assert torch.equal(part.timesteps, whole.timesteps[2:4])
-    assert torch.equal(part.empty, whole.empty[2:4])
+    assert torch.equal(part.empty_prompts, whole.empty_prompts[2:4])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
 def test_share_of_empty_prompts(share: float):
-    empty = draw(quick(empty_prompts=share), 1, torch.Size((20_000, 1, 1, 1))).empty
+    empty = draw(quick(empty_prompts=share), 1, torch.Size((20_000, 1, 1, 1))).empty_prompts
     assert empty.float().mean().item() == pytest.approx(share, abs=0.01)
 
 

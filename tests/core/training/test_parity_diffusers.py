@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from zeroconv.controlnet_core import diffusion
 from zeroconv.controlnet_core.data.dataset import Batch
-from zeroconv.controlnet_core.files.formats import from_diffusers, to_diffusers
+from zeroconv.controlnet_core.files.layouts import from_diffusers, to_diffusers
 from zeroconv.controlnet_core.keys import Weights
 from zeroconv.controlnet_core.networks.unet import UNetConfig
 from zeroconv.controlnet_core.training import loop, objective
-from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet, build, contexts, vector
+from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet, build
+from zeroconv.controlnet_core.training.inputs import sdxl_vector, text_embeddings
 from zeroconv.controlnet_core.training.options import TrainingOptions
 
 from ..networks.test_parity_diffusers import random_weights, their_unet
@@ -65,7 +66,7 @@ class Data:
         return context, torch.randn(2816 - 6 * 256, generator=random) if sdxl else None
 
     @property
-    def empty(self) -> tuple[Tensor, Tensor | None]:
+    def empty_prompt(self) -> tuple[Tensor, Tensor | None]:
         return self._text(0)
 
     def read(self, indices: list[int]) -> Batch:
@@ -125,7 +126,7 @@ class Peer:
         """What the networks are called with but for the hints: noisy latents, timesteps, context, SDXL's additions."""
         noisy = self.scheduler.add_noise(batch.latents, draws.noise, draws.timesteps)
         context, pooled = batch.context.clone(), None if batch.pooled is None else batch.pooled.clone()
-        for i, dropped in enumerate(draws.empty.tolist()):
+        for i, dropped in enumerate(draws.empty_prompts.tolist()):
             if dropped:
                 context[i] = empty[0]
                 if pooled is not None:
@@ -193,9 +194,9 @@ def our_loss(controlled: ControlledUNet, data: Data, options: TrainingOptions) -
     """The loss of `PASS`, put together as the loop does it."""
     batch: Batch = data.read(ITEMS)
     draws = draws_of(options, PASS, batch)
-    context, pooled = contexts(batch, draws.empty, data.empty)
+    context, pooled = text_embeddings(batch, draws.empty_prompts, data.empty_prompt)
     noisy = diffusion.add_noise(batch.latents, draws.noise, draws.timesteps, ALPHAS)
-    predicted = controlled(noisy, draws.timesteps, context, batch.hints, vector(batch, pooled))
+    predicted = controlled(noisy, draws.timesteps, context, batch.hints, sdxl_vector(pooled, batch.sizes))
     wanted = objective.target(options.prediction, batch.latents, draws.noise, draws.timesteps, ALPHAS)
     return objective.loss(predicted, wanted, objective.weights(options, draws.timesteps, ALPHAS))
 
@@ -226,10 +227,10 @@ def test_loss_and_gradients_agree(layout: str, prediction: str):
     data = Data(CONFIGS[layout])
     batch = data.read(ITEMS)
     draws = draws_of(options, PASS, batch)
-    assert 0 < draws.empty.sum() < 2  # both kinds of prompt
+    assert 0 < draws.empty_prompts.sum() < 2  # both kinds of prompt
     assert_control_matters(peer, batch, draws, data)
 
-    theirs = peer.loss(batch, draws, data.empty)
+    theirs = peer.loss(batch, draws, data.empty_prompt)
     theirs.backward()
     ours = our_loss(controlled, data, options)
     ours.backward()
@@ -246,7 +247,7 @@ def test_gradients_of_an_unlocked_decoder_agree(prediction: str):
         part.requires_grad_(True)
     data = Data(CONFIGS["SD2.x"])
     batch = data.read(ITEMS)
-    peer.loss(batch, draws_of(options, PASS, batch), data.empty).backward()
+    peer.loss(batch, draws_of(options, PASS, batch), data.empty_prompt).backward()
     our_loss(controlled, data, options).backward()
     assert_gradients_agree(controlled, peer)
     assert {name.split(".")[0] for name, p in controlled.unet.named_parameters() if p.grad is not None} == {
@@ -261,7 +262,7 @@ def test_the_comparison_tells_another_step_from_this_one():
     trained(peer, controlled)
     data = Data(CONFIGS["SD1.x"])
     batch = data.read(ITEMS)
-    peer.loss(batch, draws_of(options, PASS, batch), data.empty).backward()
+    peer.loss(batch, draws_of(options, PASS, batch), data.empty_prompt).backward()
     for other in (replace(options, prediction="v"), replace(options, empty_prompts=1.0), replace(options, seed=1)):
         controlled.zero_grad()
         our_loss(controlled, data, other).backward()
@@ -272,7 +273,7 @@ def test_the_comparison_tells_another_step_from_this_one():
 @torch.no_grad()
 def assert_control_matters(peer: Peer, batch: Batch, draws: objective.Draws, data: Data) -> None:
     """Control moves the peer's prediction by 5 % or more, and so does the hint alone."""
-    noisy, timesteps, context, added = peer.inputs(batch, draws, data.empty)
+    noisy, timesteps, context, added = peer.inputs(batch, draws, data.empty_prompt)
     lit = peer.predict(noisy, timesteps, context, batch.hints, added)
     for without in (None, torch.zeros_like(batch.hints)):
         assert relative_change(peer.predict(noisy, timesteps, context, without, added), lit) >= 0.05
@@ -326,7 +327,7 @@ def _train(peer: Peer, data: Data, options: TrainingOptions) -> Iterator[tuple[f
         losses = []
         for number in range(step * options.accumulation, (step + 1) * options.accumulation):
             batch = data.read(batches[number])
-            loss = peer.loss(batch, draws_of(options, number, batch), data.empty)
+            loss = peer.loss(batch, draws_of(options, number, batch), data.empty_prompt)
             (loss / options.accumulation).backward()
             losses.append(loss.item())
         norm = nn.utils.clip_grad_norm_(peer.control.parameters(), options.clip).item()

@@ -1,4 +1,4 @@
-"""What other packs do to a control before they call it, each in a few lines; and the packs themselves where named.
+"""What other packs do to a control before they call it, each in a few lines; the packs themselves where one is named.
 
 Read in shiimizu/ComfyUI-TiledDiffusion a155b1b, BlenderNeko/ComfyUI_TiledKSampler 2fd9b05,
 ssitu/ComfyUI_UltimateSDUpscale 34a3c2c and Kosinkadink/ComfyUI-AnimateDiff-Evolved d8d163c.
@@ -246,14 +246,15 @@ def slice_written(entries: list, box: Box) -> None:
     import comfy.controlnet
 
     for control in itertools.chain.from_iterable(chain(options.get("control")) for _, options in entries):
+        given: Any = control  # older hosts give it a device
         if isinstance(control, comfy.controlnet.T2IAdapter):
-            control.control_input = None
-            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+            given.control_input = None
+            given.cond_hint = cut(given.cond_hint_original, box, 8).float().to(given.device)
         elif isinstance(control, comfy.controlnet.ControlLora):
-            control.cond_hint = cut(control.cond_hint_original, box, 8).float().to(control.device)
+            given.cond_hint = cut(given.cond_hint_original, box, 8).float().to(given.device)
         elif isinstance(control, comfy.controlnet.ControlNet):
-            piece = cut(control.cond_hint_original, box, 8)
-            control.cond_hint = piece.to(control.control_model.dtype).to(control.device)
+            piece = cut(given.cond_hint_original, box, 8)
+            given.cond_hint = piece.to(given.control_model.dtype).to(given.device)
 
 
 # -- the packs themselves ---------------------------------------------------------------------------------------------

@@ -121,4 +121,4 @@ def test_calls_at_the_same_time_do_not_disturb_each_other(host: Host, kind: str)
         thread.join()
     for one, other in zip(found, expected, strict=True):
         for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max()

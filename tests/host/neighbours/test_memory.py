@@ -76,7 +76,7 @@ def test_the_count_counts():
         second.add_(1)
         del second
         assert counted.alive == 0
-        torch.zeros(10) + torch.zeros(10)
+        _ = torch.zeros(10) + torch.zeros(10)
     assert counted.peak == 4000
 
 

@@ -5,7 +5,11 @@ Nothing here is loaded before an annotator that needs it runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class File:
 
 @dataclass(frozen=True)
 class Network:
-    """A network: `build` as 'module:function' in this package makes it of the paths of its `files`, in their order.
+    """A network: `build` as 'module:function' in this folder makes it of the paths of its `files`, in their order.
 
     `build` gives a torch module in eval mode, in fp32 on the CPU. `commercial` says whether the licence of the weights
     allows commercial use.
@@ -35,6 +39,11 @@ class Network:
     files: tuple[File, ...]
     licence: str
     commercial: bool = True
+
+    def load(self, paths: Sequence[Path]) -> Any:
+        """The network of its files, which lie at these paths."""
+        module, function = self.build.split(":")
+        return getattr(import_module(f".{module}", __package__), function)(*paths)
 
 
 def _annotators(name: str, size: int, sha256: str) -> tuple[File]:
@@ -144,7 +153,7 @@ NETWORKS: tuple[Network, ...] = (
     ),
     Network(
         "oneformer_ade20k",
-        "segments:build_ade20k",
+        "oneformer:build_ade20k",
         (
             File("shi-labs/oneformer_ade20k_swin_large", "config.json", 84_289),
             File(
@@ -158,7 +167,7 @@ NETWORKS: tuple[Network, ...] = (
     ),
     Network(
         "oneformer_coco",
-        "segments:build_coco",
+        "oneformer:build_coco",
         (
             File("shi-labs/oneformer_coco_swin_large", "config.json", 82_600),
             File("shi-labs/oneformer_coco_swin_large", "pytorch_model.bin", 879_000_000),
@@ -168,7 +177,7 @@ NETWORKS: tuple[Network, ...] = (
     # -- pose --------------------------------------------------------------------------------------------------------
     Network(
         "person_detector",
-        "pose_estimation:build_detector",
+        "people:build_detector",
         (
             File("PekingU/rtdetr_r50vd_coco_o365", "config.json", 5_110),
             File("PekingU/rtdetr_r50vd_coco_o365", "model.safetensors", 172_000_000),
@@ -178,7 +187,7 @@ NETWORKS: tuple[Network, ...] = (
     # Published as Apache-2.0; its training began at weights of MAE (facebookresearch/mae, CC BY-NC 4.0).
     Network(
         "pose_estimator",
-        "pose_estimation:build_estimator",
+        "people:build_estimator",
         (
             File("usyd-community/vitpose-base-simple", "config.json", 1_800),
             File("usyd-community/vitpose-base-simple", "model.safetensors", 344_000_000),

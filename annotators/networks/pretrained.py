@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .images import AnnotatorError
+from ..images import AnnotatorError
 from .learned import read_weights
 
 if TYPE_CHECKING:

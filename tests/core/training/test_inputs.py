@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from zeroconv.controlnet_core.data.dataset import Dataset
 from zeroconv.controlnet_core.networks.layers import timestep_embedding
-from zeroconv.controlnet_core.training import controlled_unet as controlled
+from zeroconv.controlnet_core.training import inputs
 
 from .tiny import dataset
 
@@ -21,9 +19,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def test_contexts_choose_per_example(data: Dataset):
     batch = data.read([0, 1, 2])
-    found, pooled = controlled.contexts(batch, torch.tensor([True, False, True]), data.empty)
+    found, pooled = inputs.text_embeddings(batch, torch.tensor([True, False, True]), data.empty_prompt)
     assert pooled is None
-    assert torch.equal(found[0], data.empty[0])
+    assert torch.equal(found[0], data.empty_prompt[0])
     assert torch.equal(found[1], batch.context[1])
     assert not torch.equal(found[2], batch.context[2])
 
@@ -32,9 +30,9 @@ def test_vectors_of_sdxl():
     """Pooled text, then 6 numbers of 256 sinusoids each, as generative-models concatenates them."""
     sizes = torch.tensor([[1024, 768, 0, 16, 512, 512], [1, 2, 3, 4, 5, 6]], dtype=torch.int32)
     pooled = torch.arange(6.0).reshape(2, 3)
-    found = controlled.vector(SimpleNamespace(sizes=sizes), pooled)  # type: ignore[arg-type]
+    found = inputs.sdxl_vector(pooled, sizes)
     assert found is not None
     assert found.shape == (2, 3 + 6 * 256)
     assert torch.equal(found[:, :3], pooled)
     assert torch.equal(found[1, 3 + 256 : 3 + 512], timestep_embedding(torch.tensor([2.0]), 256)[0])
-    assert controlled.vector(SimpleNamespace(sizes=None), None) is None  # type: ignore[arg-type]
+    assert inputs.sdxl_vector(None, None) is None

@@ -1,54 +1,19 @@
-"""The layouts in which ControlNets are published: told from the keys, and brought to ldm's names.
+"""The names of tensors in the layouts in which ControlNets are published, brought to ldm's and back.
 
-`FORMATS` is the whole list. A new layout is one more record in it.
+What only one kind of control has stands beside its network; which file has which layout, `kinds` tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from ..keys import Condition, State, Weights, has, numbered, renamed, some
-from ..networks import control_lora, controlnet, lite, lllite, t2i_adapter, union
+from ..keys import State, Weights, numbered, renamed, some
 from ..networks.unet import UNetConfig
-from .diagnosis import OTHER_CONTROLS, diagnose
+
+# -- ldm --------------------------------------------------------------------------------------------------------------
 
 CONTROL = "control_model."
 """Where a checkpoint of the whole training model keeps its ControlNet (lllyasviel/ControlNet, cldm/cldm.py)."""
-
-
-class UnknownFormat(ValueError):
-    """No format claims these weights; the message says what they are and where they belong."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """A layout: its name, the question to the keys that tells it, and how it becomes a network.
-
-    `canonicalize` gives the keys of the network, its argument stays as it is. With `needs_base`, its result holds
-    differences from a base UNet. `build` makes the network, not yet filled, from the shapes of those weights; every
-    network tells its `kind`, its `family` of models, its `hint_channels`, and by `mismatch(config)` why it does not fit
-    a model, in one sentence, or `None`.
-    """
-
-    name: str
-    matches: Condition
-    canonicalize: Callable[[State], Weights]
-    build: Callable[..., Any]
-    needs_base: bool = False
-
-
-def detect(state: State) -> Format:
-    """The format of these weights; raises UnknownFormat, which says what they are instead."""
-    if not OTHER_CONTROLS(state):
-        for candidate in FORMATS:
-            if candidate.matches(state):
-                return candidate
-    raise UnknownFormat(diagnose(state))
-
-
-# -- ldm --------------------------------------------------------------------------------------------------------------
 
 OTHER_PARTS = ("model.", "model_ema.", "cond_stage_model.", "first_stage_model.", "conditioner.")
 """What else a checkpoint of the whole training model holds: the base UNet, text encoder and autoencoder."""
@@ -173,25 +138,3 @@ def _names(
     for i in range(fusion_layers):
         for part in ("weight", "bias"):
             yield f"{FUSION}{i}.attn.in_proj_{part}", f"{FUSION}{i}.attn.in_proj.{part}"
-
-
-# -- the list ---------------------------------------------------------------------------------------------------------
-
-DIFFUSERS = some(starts="controlnet_cond_embedding.")
-PREFIXED, BARE = some(starts=CONTROL + "zero_convs."), some(starts="zero_convs.")
-UNION = some(ends="task_embedding") & some(contains="control_add_embedding.")
-
-FORMATS: tuple[Format, ...] = (
-    Format("Control-LoRA", has(control_lora.MARKER), control_lora.from_control_lora, control_lora.build),
-    Format("ControlLLLite", some(starts=lllite.PREFIX), lllite.canonicalize, lllite.build),
-    Format("Union, diffusers", DIFFUSERS & UNION, from_diffusers, union.build),
-    Format("Union, ldm", (PREFIXED | BARE) & UNION, from_ldm, union.build),
-    Format("diffusers", DIFFUSERS, from_diffusers, controlnet.build),
-    Format("ControlNet-lite", lite.LITE, dict, lite.build),
-    Format("difference", has("difference") & (PREFIXED | BARE), from_difference, controlnet.build, needs_base=True),
-    Format("ldm with prefix", PREFIXED, from_ldm, controlnet.build),
-    Format("ldm", BARE, from_ldm, controlnet.build),
-    Format("T2I-Adapter, diffusers", t2i_adapter.DIFFUSERS, t2i_adapter.from_diffusers, t2i_adapter.build),
-    Format("T2I-Adapter", t2i_adapter.TENCENTARC | t2i_adapter.WRAPPED, t2i_adapter.from_tencentarc, t2i_adapter.build),
-)
-"""All kinds and layouts that load, in the order in which they are asked."""

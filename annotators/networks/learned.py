@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .images import AnnotatorError, to_picture
-from .pipeline import PADDED
+from ..images import PADDED, AnnotatorError, to_picture
 
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.error, pickle.UnpicklingError)
 """What torch.load raises for files that are none of its own, or not whole."""
@@ -68,22 +67,24 @@ def _one_line(error: Exception) -> str:
 
 
 def to_tensor(image: np.ndarray, network: nn.Module) -> Tensor:
-    """A picture that `images.to_picture` reads as (1,3,H,W), 0..1, on the network's device and in its dtype.
+    """Pictures (B,H,W,3), or one, that `images.to_picture` reads, as (B,3,H,W), 0..1, where and as the network is.
 
-    Raises AnnotatorError for a picture whose sides are not multiples of 64, to which `pipeline.annotate` pads.
+    Raises AnnotatorError for pictures whose sides are not multiples of 64, to which `pipeline.see` pads.
     """
-    picture = to_picture(image)
-    height, width = picture.shape[:2]
+    pictures = np.stack([to_picture(one) for one in (image if image.ndim == 4 else [image])])
+    height, width = pictures.shape[1:3]
     if height % PADDED or width % PADDED:
         raise AnnotatorError(
             f"image is {width}x{height}; a learned annotator reads sides that are multiples of {PADDED}: pad it with "
-            "images.pad_to_multiple, as pipeline.annotate does"
+            "images.pad_to_multiple, as pipeline.see does"
         )
     place = next(network.parameters())
-    # A view: channels stay last in memory, with which convolutions are faster (HED by a quarter on a CPU).
-    return rearrange(torch.from_numpy(picture), "h w c -> 1 c h w").to(place.device, place.dtype)
+    # Channels first in memory, as the published preprocessors: with channels last HED is faster by a quarter on a CPU,
+    # and its last bits are others.
+    tensor = rearrange(torch.from_numpy(pictures), "b h w c -> b c h w").contiguous()
+    return tensor.to(place.device, place.dtype)
 
 
-def to_hint(values: Tensor) -> np.ndarray:
-    """A map (1,1,H,W) of numbers in 0..1 as a grey hint (H,W,3) float32."""
-    return np.repeat(rearrange(values.float().cpu(), "1 1 h w -> h w 1").numpy(), 3, axis=2)
+def to_maps(values: Tensor, image: np.ndarray) -> np.ndarray:
+    """Maps (B,1,H,W) as (B,H,W) float32, or as (H,W) where the image was one."""
+    return values.float().cpu().numpy().reshape(image.shape[:-1])

@@ -11,10 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..images import AnnotatorError, to_picture
+from ..keypoints import Person, coco_to_openpose
 from . import pretrained
-from .images import AnnotatorError, to_picture
-from .keypoints import Person, coco_to_openpose, write_frame
-from .pose import draw_people
 
 DETECTOR_SIDE = 640
 """RT-DETR sees the whole picture squeezed to this square (PekingU/rtdetr_r50vd_coco_o365, preprocessor_config.json)."""
@@ -37,33 +36,22 @@ def build_estimator(config: Path, weights: Path) -> nn.Module:
 
 
 @torch.inference_mode()
-def human_pose(
-    detector: Any,
-    estimator: Any,
-    image: np.ndarray,
-    detection_threshold: float = 0.3,
-    keypoint_threshold: float = 0.3,
-    style: str = "openpose",
-    xinsir_sticks: bool = False,
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """The people of a picture (H,W,3), 0..1, as stick figures (H,W,3) float32 0..1, and as a POSE_KEYPOINT frame.
+def find(
+    detector: Any, estimator: Any, image: np.ndarray, detection_threshold: float, keypoint_threshold: float
+) -> list[Person]:
+    """The people of a picture (H,W,3), 0..1, the surest first, in its pixels.
 
-    Both networks run where they lie and in their own dtype, the estimator on all people at once. People of whom the
-    detector is surer than `detection_threshold` come surest first; joints of which the estimator is not surer than
-    `keypoint_threshold` are missing, and so is a person without any. `style` and `xinsir_sticks` are those of
-    `pose.draw_people`. Nobody found gives a black hint and a frame without people.
+    Both networks run where they lie and in their own dtype, the estimator on all people at once. Left out are people of
+    whom the detector is not surer than `detection_threshold`, joints of which the estimator is not surer than
+    `keypoint_threshold`, and who then has none.
     """
-    height, width = image.shape[:2]
     picture = rearrange(torch.from_numpy(to_picture(image)), "h w c -> 1 c h w")
     boxes = detect(detector, picture, detection_threshold)
-    people = []
-    if len(boxes):
-        joints = estimate(estimator, picture, boxes)
-        joints[joints[:, :, 2] <= keypoint_threshold] = 0
-        people = [Person(coco_to_openpose(found)) for found in joints if found[:, 2].any()]
-    return draw_people(people, height, width, style=style, xinsir_sticks=xinsir_sticks), write_frame(
-        people, height, width
-    )
+    if not len(boxes):
+        return []
+    joints = estimate(estimator, picture, boxes)
+    joints[joints[:, :, 2] <= keypoint_threshold] = 0
+    return [Person(coco_to_openpose(found)) for found in joints if found[:, 2].any()]
 
 
 def detect(detector: Any, picture: Tensor, threshold: float) -> Tensor:

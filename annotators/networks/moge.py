@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .images import AnnotatorError, to_picture
+from ..images import AnnotatorError, to_picture
 from .learned import UNREADABLE
 
 PATCH, PATCHES = 14, 37
@@ -251,21 +251,22 @@ def build(path: Path) -> nn.Module:
     return network.float().requires_grad_(False).eval()
 
 
-def normal_moge(network: MoGe, image: np.ndarray) -> np.ndarray:
-    """Normals (H,W,3) float32 0..1 of a picture (H,W,3): what faces left is red, up green, the viewer blue.
+@torch.inference_mode()
+def normals(network: MoGe, image: np.ndarray) -> np.ndarray:
+    """Normals (B,H,W,3) float32 of length 1 of pictures (B,H,W,3), or of one: x to the right, y down, z away.
 
-    ScanNet's colours, in which ControlNet 1.1's normals are (lllyasviel/ControlNet-v1-1-nightly README). Where the
-    network knows none, as of the sky, the viewer is faced. Raises AnnotatorError for an answer that is not finite.
+    Where the network knows none, as of the sky, the viewer is faced. Raises AnnotatorError for an answer that is not
+    finite.
     """
     weight = network.encoder.backbone.cls_token
-    pixels = rearrange(torch.from_numpy(to_picture(image)), "h w c -> 1 c h w").to(weight.device, weight.dtype)
-    with torch.inference_mode():
-        normals, known = (answer.float() for answer in network(pixels))
-    if not (normals.isfinite().all() and known.isfinite().all()):
+    pictures = np.stack([to_picture(one) for one in (image if image.ndim == 4 else [image])])
+    pixels = rearrange(torch.from_numpy(pictures), "b h w c -> b c h w").to(weight.device, weight.dtype)
+    found, known = (answer.float() for answer in network(pixels))
+    if not (found.isfinite().all() and known.isfinite().all()):
         raise AnnotatorError("the network answered with numbers that are not finite: run it in fp32, or fetch it again")
-    front = normals.new_tensor([0.0, 0.0, -1.0]).view(1, 3, 1, 1)
-    facing = (1 - torch.where(known > 0.5, normals, front)) / 2
-    return rearrange(facing, "1 c h w -> h w c").contiguous().cpu().numpy()
+    front = found.new_tensor([0.0, 0.0, -1.0]).view(1, 3, 1, 1)
+    facing = rearrange(torch.where(known > 0.5, found, front), "b c h w -> b h w c")
+    return facing.contiguous().cpu().numpy().reshape(image.shape)
 
 
 def _view(rows: int, columns: int, aspect: float) -> Tensor:

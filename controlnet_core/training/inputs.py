@@ -1,0 +1,92 @@
+"""What a pass hands to the networks: its share of the items, their draws, and the text that goes with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Batch, Batches, Dataset, TextEmbedding
+from ..data.manifest import DatasetError
+from ..networks.layers import timestep_embedding
+from ..networks.unet import UNetConfig
+from . import objective
+from .distributed import Process
+from .options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One pass over B examples, all of it tensors.
+
+    `latents` and `noise` (B,4,h,w), `timesteps` (B,), `context` (B,T,C), `hints` (B,3,8h,8w) in [0,1], and SDXL's
+    vector `y` (B,D), None for other families.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    context: Tensor
+    hints: Tensor
+    y: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """The passes of a training: `passes[k]` are the inputs of the k-th on the CPU, whatever was asked before.
+
+    Of the batch each process takes its share. `timesteps` is their number, that of the noise schedule.
+    """
+
+    dataset: Dataset
+    batches: Batches
+    options: TrainingOptions
+    process: Process
+    timesteps: int
+
+    def __getitem__(self, k: int) -> Inputs:
+        items = self.batches[k]
+        share = self.process.share(len(items))
+        batch = self.dataset.read(items[share])
+        # Drawn for the whole batch, so that the number of processes changes nothing.
+        shape = torch.Size((len(items), *batch.latents.shape[1:]))
+        draws = objective.draw(self.options, k, shape, self.timesteps).part(share)
+        context, pooled = text_embeddings(batch, draws.empty_prompts, self.dataset.empty_prompt)
+        return Inputs(
+            batch.latents, draws.noise, draws.timesteps, context, batch.hints, sdxl_vector(pooled, batch.sizes)
+        )
+
+
+def text_embeddings(batch: Batch, empty: Tensor, empty_prompt: TextEmbedding) -> tuple[Tensor, Tensor | None]:
+    """Context (B,T,C) and pooled embedding (B,D) of the batch, those of the empty prompt where `empty` (B,) says so."""
+    context, pooled = empty_prompt
+    # Attention over a context that is repeated as a whole is the same.
+    repeats = batch.context.shape[1] // context.shape[0]
+    chosen = torch.where(empty[:, None, None], context.repeat(repeats, 1)[None], batch.context)
+    if batch.pooled is None or pooled is None:
+        return chosen, None
+    return chosen, torch.where(empty[:, None], pooled[None], batch.pooled)
+
+
+def sdxl_vector(pooled: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+    """SDXL's vector y (B, D + 6*256): pooled text, then sizes and crop as sinusoids; `None` for other families.
+
+    (Stability-AI/generative-models, sgm/modules/encoders/modules.py.)
+    """
+    if pooled is None or sizes is None:
+        return None
+    numbers = timestep_embedding(sizes.flatten().float(), 256).reshape(len(pooled), -1)
+    return torch.cat([pooled, numbers.to(pooled)], dim=1)
+
+
+def check_text_embeddings(dataset: Dataset, config: UNetConfig) -> None:
+    """Raise DatasetError unless the dataset's text embeddings are of the kind that this UNet takes."""
+    context, pooled = dataset.empty_prompt
+    if context.shape[1] != config.context_dim or (pooled is None) != (config.adm_in_channels is None):
+        kind = f"{context.shape[1]} wide, {'without' if pooled is None else 'with'} a pooled vector"
+        wanted = f"{config.context_dim} wide, {'without' if config.adm_in_channels is None else 'with'} a pooled vector"
+        raise DatasetError(
+            f"{dataset.folder} holds text embeddings {kind}; this model takes them {wanted}: make the dataset again "
+            "with the model's own CLIP and VAE"
+        )

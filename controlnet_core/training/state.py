@@ -1,0 +1,93 @@
+"""What a training changes from step to step: what a checkpoint holds of it, and goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..keys import State
+from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from .convergence import sudden_convergence
+from .optimizer import average
+
+
+@dataclass
+class TrainingState:
+    """A training after `step` optimizer steps: all that its further losses depend on, the base and the data excepted.
+
+    `weights` are what is trained, by name, with buffers that change along; they are the network's own and change in
+    place. `averages` follow them by `decay`, from where they are when the state is made or restored; without `decay`
+    there are none. `seconds` is the time in training steps, `measured` the fidelity after each step at which it was
+    measured, and `converged` the step at which it jumped, once that is seen.
+    """
+
+    weights: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+    decay: float = 0.0
+    step: int = 0
+    seconds: float = 0.0
+    measured: list[tuple[int, float]] = field(default_factory=list)
+    converged: int | None = None
+    averages: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()} if self.decay else {}
+
+    def clip_gradients(self, largest: float) -> Tensor:
+        """Scale the gradients down to a norm of `largest` over all of them, 0 for no limit; gives the norm before."""
+        self.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.weights.values(), largest or float("inf"))
+
+    def advance(self) -> None:
+        """Make the step that the gradients say, forget them, and let the averages follow."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        average(self.averages, self.weights, self.decay, self.step)
+
+    def add_fidelity(self, fidelity: float) -> None:
+        """Take down what was measured after this step."""
+        self.measured.append((self.step, fidelity))
+        self.converged = _converged(self.measured)
+
+    def use_averages(self) -> None:
+        """Put the averages in the weights' place, where there are any: what a training ends with."""
+        _fill(self.weights, self.averages)
+
+    def to_checkpoint(self, facts: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint of this step; `facts` say of which training it is."""
+        names = {weight: name for name, weight in self.weights.items()}
+        tensors = {f"model.{name}": weight.detach() for name, weight in self.weights.items()}
+        tensors |= {f"optimizer.{key}": tensor for key, tensor in optimizer_tensors(self.optimizer, names).items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.averages.items()}
+        own = {"seconds": self.seconds, "measured": list(self.measured), "scaler": self.scaler.state_dict()}
+        return Checkpoint(self.step, tensors, {**facts, **own})
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go back or ahead to a checkpoint; the inverse of `to_checkpoint`."""
+        self.step, self.seconds = saved.step, saved.facts["seconds"]
+        self.measured = [(step, fidelity) for step, fidelity in saved.facts["measured"]]
+        self.converged = _converged(self.measured)
+        _fill(self.weights, saved.part("model."))
+        if self.averages:  # where they are new, they begin at the weights of now
+            _fill(self.averages, {**saved.part("model."), **saved.part("average.")})
+        names = {weight: name for name, weight in self.weights.items()}
+        restore_optimizer(self.optimizer, saved.part("optimizer."), names)
+        if saved.facts["scaler"]:
+            self.scaler.load_state_dict(saved.facts["scaler"])
+
+
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], values: State) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
+def _converged(measured: list[tuple[int, float]]) -> int | None:
+    return sudden_convergence([step for step, _ in measured], [fidelity for _, fidelity in measured])

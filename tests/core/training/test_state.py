@@ -1,0 +1,83 @@
+"""The state of a training comes back from a file as it was, and its averages begin where they are turned on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from zeroconv.controlnet_core.training import checkpoint
+from zeroconv.controlnet_core.training.state import TrainingState
+
+from .tiny import equal
+
+
+def state(seed: int, decay: float = 0.0) -> TrainingState:
+    """Of a layer whose norm has a buffer of whole numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    weights = network.state_dict(keep_vars=True)
+    return TrainingState(weights, torch.optim.AdamW(network.parameters(), lr=0.1), decay=decay)
+
+
+def step(state: TrainingState, clip: float = 0.0) -> float:
+    """One step on gradients that follow from the weights; gives their norm."""
+    for parameter in state.optimizer.param_groups[0]["params"]:
+        parameter.grad = parameter.detach() + 1
+    state.weights["1.num_batches_tracked"] += 1
+    norm = state.clip_gradients(clip).item()
+    state.advance()
+    return norm
+
+
+def test_it_comes_back_from_a_file(tmp_path: Path):
+    first, again = state(1, decay=0.9), state(2, decay=0.9)
+    step(first)
+    first.seconds = 2.5
+    first.add_fidelity(0.25)
+    checkpoint.save(tmp_path, first.to_checkpoint({"base": "a base"}), keep=1)
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None and saved.facts["base"] == "a base"
+    again.restore(saved)
+    assert (again.step, again.seconds, again.measured) == (1, 2.5, [(1, 0.25)])
+    for ours in (first, again):
+        step(ours)
+    assert equal(first.weights, again.weights)
+    assert equal(first.averages, again.averages)
+    assert first.weights["1.num_batches_tracked"].item() == first.averages["1.num_batches_tracked"].item() == 2
+
+
+def test_averages_that_are_new_begin_at_the_weights_of_the_checkpoint():
+    first, again = state(1), state(2, decay=0.9)
+    step(first)
+    again.restore(first.to_checkpoint({}))
+    assert equal(again.averages, first.weights)
+    assert not first.averages
+
+
+def test_the_averages_take_the_weights_place():
+    ours = state(1, decay=0.9)
+    for _ in range(3):
+        step(ours)
+    assert not equal(ours.averages, ours.weights)
+    ours.use_averages()
+    assert equal(ours.averages, ours.weights)
+    plain = state(1)
+    before = {name: weight.detach().clone() for name, weight in plain.weights.items()}
+    plain.use_averages()
+    assert equal(before, plain.weights)
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5])
+def test_gradients_are_clipped_together(largest: float):
+    ours = state(1)
+    parameters = ours.optimizer.param_groups[0]["params"]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    count = sum(parameter.numel() for parameter in parameters)
+    assert ours.clip_gradients(largest).item() == pytest.approx(count**0.5)
+    after = sum(parameter.grad.square().sum().item() for parameter in parameters) ** 0.5
+    assert after == pytest.approx(largest or count**0.5, rel=1e-4)
