@@ -115,6 +115,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("drawings:scribble_xdog", "balance"),
     ("drawings:cartoon_lines", "balance"),
     ("superpixels:superpixels", "merge"),
+    ("colour:blur", "kind"),
+    ("drawings:threshold", "around"),
+    ("drawings:invert",),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 
