@@ -291,8 +291,8 @@ class Control(comfy.controlnet.ControlNet):
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
-        scaled = self._scales(call.value, call.size, self._mask(call)).apply(self._residuals(call))
-        residuals = scaled.mapped(lambda _, residual: call.piece.scatter(residual))
+        scales = self._scales(call.value, call.size, self._mask(call))
+        residuals = self._residuals(call, scales).mapped(lambda _, residual: call.piece.scatter(residual))
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
@@ -385,8 +385,8 @@ class Control(comfy.controlnet.ControlNet):
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
-    def _residuals(self, call: Call) -> Residuals:
-        """The residuals of this call at strength 1."""
+    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
+        """The residuals of this call, multiplied by `scales`."""
         raise NotImplementedError
 
 

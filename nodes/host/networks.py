@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.files.loading import LoadedControl
 from ...controlnet_core.networks.control_lora import ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
@@ -22,6 +23,10 @@ from .resize import resize
 
 ENCODED_PIXELS = 2 * 512 * 512
 """Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
+
+
+Inputs = tuple[Tensor | None, ...]
+"""What a network's forward takes, on its device and in the dtype that it computes in."""
 
 
 class NetworkControl(Control):
@@ -113,13 +118,15 @@ class ControlNetControl(NetworkControl):
         """Whether control acts on the conditional half of guidance alone."""
         return self.global_average_pooling or super().one_sided
 
-    def _residuals(self, call: Call) -> Residuals:
-        hint, guided_hint = self._encode(call)
-        residuals = self.network(*self._inputs(call, hint.of(call.piece, guided_hint)))
-        return residuals.pooled() if self.global_average_pooling else residuals
+    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
+        return self._run(self._inputs(call), scales)
 
-    def _inputs(self, call: Call, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
-        """What a ControlNet's forward takes."""
+    def _run(self, inputs: Inputs, scales: ControlScales) -> Residuals:
+        """One pass of the network, from its inputs to weighed residuals: it depends on these tensors alone."""
+        residuals = self.network(*inputs)
+        return scales.apply(residuals.pooled() if self.global_average_pooling else residuals)
+
+    def _inputs(self, call: Call) -> Inputs:
         place: dict[str, Any] = {"device": call.x.device, "dtype": self.compute_dtype}
         context = call.cond.get("crossattn_controlnet", call.cond["c_crossattn"])
         y = call.cond.get("y")
@@ -127,9 +134,14 @@ class ControlNetControl(NetworkControl):
             self._sampling.calculate_input(call.t, call.x).to(**place),
             self._sampling.timestep(call.t).to(call.x.device, torch.float32),  # bf16 has no number for most timesteps
             context.to(**place),
-            guided_hint,
+            self._guided_hint(call),
             None if y is None else y.to(**place),
         )
+
+    def _guided_hint(self, call: Call) -> Tensor:
+        """The guided hint for each of the samples, or a single one for all of them."""
+        hint, guided_hint = self._encode(call)
+        return hint.of(call.piece, guided_hint)
 
 
 class ControlLoraControl(ControlNetControl):
@@ -207,12 +219,20 @@ class UnionControl(ControlNetControl):
         # In the authors' network the pictures of a batch see each other: a window must not change what they see.
         return super()._numbers(call, count) if self.type_number is None else tuple(range(count))
 
-    def _residuals(self, call: Call) -> Residuals:
-        types = [control.type_number for control, _ in self._acting if control.type_number is not None]
-        return self.network(*self._inputs(call, self._guided_hint(call, types)), types=types)
+    @property
+    def _types(self) -> tuple[int, ...]:
+        """The types of the hints that act now."""
+        return tuple(control.type_number for control, _ in self._acting if control.type_number is not None)
 
-    def _guided_hint(self, call: Call, types: list[int]) -> Tensor:
-        """The hints of those that act now, fused, for each sample; kept as long as nothing in it changes."""
+    def _inputs(self, call: Call) -> Inputs:
+        x, *inputs = super()._inputs(call)
+        types = self._types
+        key = ("types", types, x.device, x.dtype)
+        return (x, *inputs, self._kept.get(key, lambda: self.network.embed_types(types, x)))
+
+    def _guided_hint(self, call: Call) -> Tensor:
+        """The hints of those that act now, fused; kept as long as nothing in it changes."""
+        types = self._types
         hints, features = zip(*(control._encode(call) for control, _ in self._acting), strict=True)
         if len({len(feature) for feature in features} - {1}) > 1:
             raise ControlError(
@@ -236,10 +256,10 @@ class AdapterControl(NetworkControl):
     def _joined(self, parts: list[Residuals]) -> Residuals:
         return Residuals.cat(parts)
 
-    def _residuals(self, call: Call) -> Residuals:
+    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
         hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        return encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
+        return scales.apply(encoded.mapped(lambda _, residual: hint.of(call.piece, residual)))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
