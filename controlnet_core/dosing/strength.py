@@ -19,6 +19,10 @@ Guidance = Literal["both", "cond_only", "cfg_resolution"]
 GUIDANCE: tuple[Guidance, ...] = ("both", "cond_only", "cfg_resolution")
 
 
+MOST_REUSED = 0.9
+"""Part of the steps: of ten, one must be computed."""
+
+
 class StrengthError(ValueError):
     """A strength that cannot be meant, or that does not go with the residuals."""
 
@@ -39,10 +43,15 @@ class Strength:
     mask: Tensor | None = None
     schedule: Schedule | None = None
     block_weights: BlockWeights | None = None
+    reuse: float = 0.0
 
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
             raise StrengthError(f"guidance is one of {', '.join(GUIDANCE)}, found {self.guidance!r}")
+        if not 0.0 <= self.reuse <= MOST_REUSED:
+            raise StrengthError(
+                f"reuse is a part of the steps, 0 to {MOST_REUSED:g}, found {self.reuse:g}: 0.5 is every second step"
+            )
 
     @cached_property
     def off(self) -> bool:

@@ -35,6 +35,11 @@ class Residuals:
     def __len__(self) -> int:
         return len(self.skips) + 1
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take."""
+        return sum(tensor.nbytes for tensor in (*self, *self.encoder) if tensor is not None)
+
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None], encoder: Iterable[Tensor | None] = ()) -> Residuals:
         """The inverse of iteration: the last entry is the middle."""

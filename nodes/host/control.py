@@ -6,6 +6,7 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...controlnet_core.dosing import reuse
 from ...controlnet_core.dosing.clock import Moment
 from ...controlnet_core.dosing.piece import Piece, parts
 from ...controlnet_core.dosing.strength import ControlScales, Strength
@@ -124,7 +126,7 @@ class Control(comfy.controlnet.ControlNet):
         self.on_both_prompts = False
         self._uncut: Tensor | None = None
         self._channels = 0
-        self._held = _held(SD15.residual_shapes(64, 64), 1)  # until it is known
+        self._held, self._held_long = _held(SD15.residual_shapes(64, 64), 1), 0  # until it is known
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -137,6 +139,9 @@ class Control(comfy.controlnet.ControlNet):
         self._percent_to_sigma: Any = None
         self._model_config: UNetConfig | None = None
         self._kept = Kept()
+        self._reused = reuse.Reused(self.dosing.reuse)
+        self._evaluated: Tensor | None = None
+        self._asked: Counter[Hashable] = Counter()
 
     # -- what nodes call -------------------------------------------------------------------------------------------
 
@@ -215,13 +220,22 @@ class Control(comfy.controlnet.ControlNet):
         super().cleanup()
         self._forget_run()
 
-    def expect(self, model: Any, frames: int, height: int, width: int) -> None:
-        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be."""
-        self._held = _held(self._config_of(model).residual_shapes(height, width), frames)
+    def expect(self, model: Any, frames: int, height: int, width: int, whole: int) -> None:
+        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be.
+
+        `whole` are those of the run, where windows divide it.
+        """
+        shapes = self._config_of(model).residual_shapes(height, width)
+        self._held = _held(shapes, frames)
+        self._held_long = reuse.HELD * 2 * whole * sum(map(prod, shapes)) if self._reuses else 0
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals."""
-        return max(self._memory(dtype), super().inference_memory_requirements(dtype))
+        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals.
+
+        What is held from step to step is each control's own.
+        """
+        held_long = min(self._held_long * comfy.model_management.dtype_size(dtype), reuse.LIMIT)
+        return held_long + max(self._memory(dtype), super().inference_memory_requirements(dtype))
 
     def _memory(self, dtype: torch.dtype) -> float:
         return self._held * comfy.model_management.dtype_size(dtype)
@@ -291,8 +305,8 @@ class Control(comfy.controlnet.ControlNet):
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
-        scales = self._scales(call.value, call.size, self._mask(call))
-        residuals = self._residuals(call, scales).mapped(lambda _, residual: call.piece.scatter(residual))
+        scaled = self._scales(call.value, call.size, self._mask(call)).apply(self._current(call))
+        residuals = scaled.mapped(lambda _, residual: call.piece.scatter(residual))
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
@@ -301,6 +315,32 @@ class Control(comfy.controlnet.ControlNet):
             injection.check(residuals, shapes)
             residuals = before + residuals
         return injection.as_host_control(residuals, shapes)
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether residuals of earlier steps may tell those of a call."""
+        return self.dosing.reuse > 0
+
+    def _current(self, call: Call) -> Residuals:
+        """The residuals of this call at strength 1: computed, or told from those of the steps before."""
+        if not self._reuses:
+            return self._residuals(call)
+        # Calls of one evaluation of the model have the same sigmas, the very tensor. Where tiles of one size follow one
+        # another in it and nothing else tells them apart, their number does.
+        sigmas = call.options.get("sigmas", call.t)
+        if self._evaluated is not sigmas:
+            self._evaluated, self._asked = sigmas, Counter()
+        prompts = call.options.get("uuids")
+        made_of, alive = self._made_of(call)
+        piece = (call.x.shape, call.piece, tuple(prompts[i] for i in call.halves) if prompts else (), made_of)
+        self._asked[piece] += 1
+        moment = self._moment(call.options, call.t)
+        return self._reused.at((piece, self._asked[piece]), moment, lambda: self._residuals(call), alive)
+
+    def _made_of(self, call: Call) -> tuple[Hashable, Any]:
+        """What residuals depend on besides the latent and the moment, and the objects whose ids are in it."""
+        hint = self._hint(call)
+        return hint.key, hint.alive
 
     def _scales(self, value: float, size: tuple[int, int], mask: Tensor | None) -> ControlScales:
         assert self._model_config is not None
@@ -385,8 +425,8 @@ class Control(comfy.controlnet.ControlNet):
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
-    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
-        """The residuals of this call, multiplied by `scales`."""
+    def _residuals(self, call: Call) -> Residuals:
+        """The residuals of this call at strength 1, computed."""
         raise NotImplementedError
 
 

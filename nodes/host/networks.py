@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.files.loading import LoadedControl
 from ...controlnet_core.networks.control_lora import ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
@@ -118,13 +118,13 @@ class ControlNetControl(NetworkControl):
         """Whether control acts on the conditional half of guidance alone."""
         return self.global_average_pooling or super().one_sided
 
-    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
-        return self._run(self._inputs(call), scales)
+    def _residuals(self, call: Call) -> Residuals:
+        return self._run(*self._inputs(call))
 
-    def _run(self, inputs: Inputs, scales: ControlScales) -> Residuals:
-        """One pass of the network, from its inputs to weighed residuals: it depends on these tensors alone."""
+    def _run(self, *inputs: Tensor | None) -> Residuals:
+        """One pass of the network, from its inputs to residuals at strength 1: it depends on these tensors alone."""
         residuals = self.network(*inputs)
-        return scales.apply(residuals.pooled() if self.global_average_pooling else residuals)
+        return residuals.pooled() if self.global_average_pooling else residuals
 
     def _inputs(self, call: Call) -> Inputs:
         place: dict[str, Any] = {"device": call.x.device, "dtype": self.compute_dtype}
@@ -185,6 +185,7 @@ class UnionControl(ControlNetControl):
             and other.type_number is not None
             and self.type_number is not None
             and other.dosing.guidance == self.dosing.guidance
+            and other.dosing.reuse == self.dosing.reuse
             and _same(other.dosing.mask, self.dosing.mask)
             and other.dosing.block_weights == self.dosing.block_weights
             and not any(c.dosing.schedule and c.dosing.schedule.per_image for c in (self, other))
@@ -218,6 +219,12 @@ class UnionControl(ControlNetControl):
     def _numbers(self, call: Call, count: int) -> tuple[int, ...]:
         # In the authors' network the pictures of a batch see each other: a window must not change what they see.
         return super()._numbers(call, count) if self.type_number is None else tuple(range(count))
+
+    def _made_of(self, call: Call) -> tuple[Hashable, Any]:
+        # Fused, strengths are no factors of the residuals.
+        strengths = [value for _, value in self._acting] if len(self._acting) > 1 else []
+        parts = [ControlNetControl._made_of(control, call) for control, _ in self._acting]
+        return (tuple(key for key, _ in parts), tuple(strengths), self._types), [alive for _, alive in parts]
 
     @property
     def _types(self) -> tuple[int, ...]:
@@ -256,10 +263,14 @@ class AdapterControl(NetworkControl):
     def _joined(self, parts: list[Residuals]) -> Residuals:
         return Residuals.cat(parts)
 
-    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
+    @property
+    def _reuses(self) -> bool:
+        return False  # it computes nothing again as it is
+
+    def _residuals(self, call: Call) -> Residuals:
         hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        return scales.apply(encoded.mapped(lambda _, residual: hint.of(call.piece, residual)))
+        return encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
