@@ -14,7 +14,9 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import pairwise
+from operator import add
 from pathlib import Path
 
 import torch
@@ -107,8 +109,7 @@ def sample(model: LabModel, scenes: HeldOut, hint: str, sampler: str, steps: int
         def compute(both: Tensor = both, times: Tensor = times) -> Residuals:
             nonlocal passes
             passes += 1
-            first, *rest = [control(both, times, context, hints[name]) for name, control in controls.items()]
-            return sum(rest, first)
+            return reduce(add, (control(both, times, context, hints[name]) for name, control in controls.items()))
 
         started = time.perf_counter()
         residuals = teller(step, sigmas[step], compute)

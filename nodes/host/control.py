@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -28,6 +29,7 @@ from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import SD15, UNetConfig
 from . import run
+from .graphs import Beside
 from .kept import Kept
 from .resize import POSITIONS, Resize, at_positions, resize, with_positions
 
@@ -247,8 +249,10 @@ class Control(comfy.controlnet.ControlNet):
         previous, before = None, self._before
         if before is not None:
             previous = before.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        call = self._call(x_noisy, t, cond, batched_number, transformer_options)
-        return previous if call is None else self._act(call, previous)
+        with self._beside(x_noisy.device, transformer_options) as beside:
+            call = self._call(x_noisy, t, cond, batched_number, transformer_options)
+            given = previous if call is None else self._act(call, previous)
+            return given if beside is None or call is None or given is None else beside.waited(given)
 
     # -- one call --------------------------------------------------------------------------------------------------
 
@@ -424,6 +428,10 @@ class Control(comfy.controlnet.ControlNet):
     def _config_of(self, model: Any) -> UNetConfig:
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
+
+    def _beside(self, device: torch.device, options: dict[str, Any]) -> AbstractContextManager[Beside | None]:
+        """Where a call runs: beside the UNet, which then waits for what it is given, or, with `None`, before it."""
+        return nullcontext()
 
     def _residuals(self, call: Call) -> Residuals:
         """The residuals of this call at strength 1, computed."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from comfy.ldm.modules import attention
 from torch import Tensor
 
 from ...controlnet_core.files.loading import LoadedControl
@@ -17,7 +19,8 @@ from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES, UnionControlNet
-from .control import Call, Control, ControlError, Hint
+from . import graphs
+from .control import RECORD, Call, Control, ControlError, Hint
 from .models import on_device, unet_config
 from .resize import resize
 
@@ -107,11 +110,27 @@ class ControlNetControl(NetworkControl):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._sampling: Any = None
+        self._weights: graphs.Weights | None = None
+        self._runs_beside: graphs.Beside | None = None
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run."""
         super().pre_run(model, percent_to_timestep_function)
         self._sampling = model.model_sampling
+        graphs.RUNNER.begin()
+        self._weights = graphs.Weights(self.patcher, self.network)
+
+    @contextmanager
+    def _beside(self, device: torch.device, options: dict[str, Any]) -> Iterator[graphs.Beside | None]:
+        if self._weights is None or RECORD in options:  # a record is read while the run goes on
+            yield None
+            return
+        with graphs.RUNNER.beside(self.name, self._weights, device, options) as beside:
+            self._runs_beside = beside
+            try:
+                yield beside
+            finally:
+                self._runs_beside = None
 
     @property
     def one_sided(self) -> bool:
@@ -119,7 +138,13 @@ class ControlNetControl(NetworkControl):
         return self.global_average_pooling or super().one_sided
 
     def _residuals(self, call: Call) -> Residuals:
-        return self._run(*self._inputs(call))
+        inputs, beside = self._inputs(call), self._runs_beside
+        return self._run(*inputs) if beside is None else beside.run(self._run, inputs, self._baked)
+
+    @property
+    def _baked(self) -> Hashable:
+        """What a pass depends on besides its inputs and weights: attention is a name that other nodes set anew."""
+        return type(self), self.global_average_pooling, attention.optimized_attention
 
     def _run(self, *inputs: Tensor | None) -> Residuals:
         """One pass of the network, from its inputs to residuals at strength 1: it depends on these tensors alone."""
@@ -154,11 +179,14 @@ class ControlLoraControl(ControlNetControl):
         super().pre_run(model, percent_to_timestep_function)
         self.network.bind(model.diffusion_model)
         self.compute_dtype = model.manual_cast_dtype or model.get_dtype()
+        graphs.RUNNER.drop(self.network)  # they read what was bound before
+        self._weights = graphs.Weights(self.patcher, self.network, model)
 
     def cleanup(self) -> None:
         """End a run; the model is let go."""
         super().cleanup()
         self.network.unbind()
+        graphs.RUNNER.drop(self.network)
 
 
 class UnionControl(ControlNetControl):

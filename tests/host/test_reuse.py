@@ -85,7 +85,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_a_part_of_the_steps_is_computed_whatever_node_says_so(host: Host, way: str):
     scene = host.apply(way, host.scene(), "sd15", Control(options={"reuse": 0.5}))
     run = host.sample(scene, steps=8)
-    assert [run.sigmas.index(sigma) for sigma, _ in run.calls("control")] == list(COMPUTED)
+    assert [run.sigmas.index(sigma) for sigma, _ in run.calls("control") if sigma is not None] == list(COMPUTED)
     every = host.sample(host.apply(way, host.scene(), "sd15", Control()), steps=8)
     without = host.once("eight steps", lambda: host.sample(host.scene(), steps=8))
     assert moved(every, without) >= MOVES
