@@ -124,7 +124,7 @@ class CudaBackend:
 
     def mark(self, device: torch.device, tensors: Sequence[Tensor]) -> CudaMark:
         """An event of the current stream, which is the side stream."""
-        return CudaMark(device)
+        return CudaMark(device, tensors)
 
     def capture(self, function: Function, inputs: Sequence[Tensor | None]) -> CudaCaptured:
         """Captured on the current stream, which has run the function before."""

@@ -46,7 +46,8 @@ class Call:
     """One call of the UNet, cut down to the samples that this control acts on, at strength `value`.
 
     `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size one after the other, such as the halves of guidance:
-    those numbered `halves` of the whole call, whose samples are `piece`. `options` are the host's for this call.
+    those numbered `halves` of the whole call, whose samples are `piece`. Of x and t the first `distinct` are enough:
+    what follows repeats them. `options` are the host's for this call.
     """
 
     x: Tensor
@@ -54,6 +55,7 @@ class Call:
     cond: dict[str, Any]
     halves: tuple[int, ...]
     piece: Piece
+    distinct: int
     options: dict[str, Any]
     value: float
 
@@ -264,12 +266,18 @@ class Control(comfy.controlnet.ControlNet):
         value = self._value(options, t) if halves else 0.0
         if value == 0.0:
             return None
-        piece = parts(x.shape[0], batched_number, halves, self._frames(options), _tiles(x, t, batched_number, options))
+        tiles = _tiles(x, t, batched_number, options)
+        piece = parts(x.shape[0], batched_number, halves, self._frames(options), tiles)
         cond = {
             key: piece.take(value) if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
         }
-        return Call(piece.take(x), piece.take(t), cond, halves, piece, options, value)
+        x, t, whole = piece.take(x), piece.take(t), (len(x) // batched_number, *x.shape[1:])
+        distinct = len(x) // len(halves)
+        # The host gives one latent to all conds. Where nobody tells that this is what they have, not a part of it each,
+        # looking is cheap on the CPU alone: a GPU would have to finish first.
+        alike = options.get(run.LATENT) == whole or (repeats(x, distinct) and repeats(t, distinct))
+        return Call(x, t, cond, halves, piece, distinct if tiles == 1 and alike else len(x), options, value)
 
     def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
         """The strength of this call, 0 when nothing acts."""
@@ -444,6 +452,11 @@ def _held(shapes: Sequence[tuple[int, ...]], frames: int) -> int:
     What it needs while it runs it gives back before the UNet takes as much or more.
     """
     return 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
+
+
+def repeats(tensor: Tensor, rows: int) -> bool:
+    """Whether it is known that `tensor` repeats its first `rows` all over: what lies on the CPU is compared."""
+    return len(tensor) <= rows or (tensor.device.type == "cpu" and torch.equal(tensor[rows:], tensor[:-rows]))
 
 
 def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:

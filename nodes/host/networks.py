@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES, UnionControlNet
 from . import graphs
-from .control import RECORD, Call, Control, ControlError, Hint
+from .control import RECORD, Call, Control, ControlError, Hint, repeats
 from .models import on_device, unet_config
 from .resize import resize
 
@@ -138,35 +139,49 @@ class ControlNetControl(NetworkControl):
         return self.global_average_pooling or super().one_sided
 
     def _residuals(self, call: Call) -> Residuals:
-        inputs, beside = self._inputs(call), self._runs_beside
-        return self._run(*inputs) if beside is None else beside.run(self._run, inputs, self._baked)
+        inputs, samples, beside = self._inputs(call), len(call.x), self._runs_beside
+        run = partial(self._run, samples)
+        return run(*inputs) if beside is None else beside.run(run, inputs, (*self._baked, samples))
 
     @property
-    def _baked(self) -> Hashable:
+    def _baked(self) -> tuple[Hashable, ...]:
         """What a pass depends on besides its inputs and weights: attention is a name that other nodes set anew."""
         return type(self), self.global_average_pooling, attention.optimized_attention
 
-    def _run(self, *inputs: Tensor | None) -> Residuals:
-        """One pass of the network, from its inputs to residuals at strength 1: it depends on these tensors alone."""
-        residuals = self.network(*inputs)
+    def _run(self, samples: int, *inputs: Tensor | None) -> Residuals:
+        """One pass of the network, from its inputs to the residuals at strength 1 of so many samples.
+
+        It depends on these alone. Inputs of fewer samples count as repeated, and so do residuals.
+        """
+        residuals = self.network(*inputs).repeated(samples)
         return residuals.pooled() if self.global_average_pooling else residuals
 
     def _inputs(self, call: Call) -> Inputs:
+        """What the network's forward takes; what is the same in both halves of guidance, once."""
         place: dict[str, Any] = {"device": call.x.device, "dtype": self.compute_dtype}
-        context = call.cond.get("crossattn_controlnet", call.cond["c_crossattn"])
-        y = call.cond.get("y")
+        x, t, once = call.x[: call.distinct], call.t[: call.distinct], call.distinct
+        guided_hint = self._guided_hint(call)
+        texts = [call.cond.get("crossattn_controlnet", call.cond["c_crossattn"]), call.cond.get("y")]
+        # The same prompt for both halves: the same residuals.
+        if len(guided_hint) <= once and all(text is None or repeats(text, once) for text in texts):
+            texts = [None if text is None else text[:once] for text in texts]
+        context, y = (None if text is None else text.to(**place) for text in texts)
         return (
-            self._sampling.calculate_input(call.t, call.x).to(**place),
-            self._sampling.timestep(call.t).to(call.x.device, torch.float32),  # bf16 has no number for most timesteps
-            context.to(**place),
-            self._guided_hint(call),
-            None if y is None else y.to(**place),
+            self._sampling.calculate_input(t, x).to(**place),
+            self._sampling.timestep(t).to(x.device, torch.float32),  # bf16 has no number for most timesteps
+            context,
+            guided_hint,
+            y,
         )
 
     def _guided_hint(self, call: Call) -> Tensor:
-        """The guided hint for each of the samples, or a single one for all of them."""
-        hint, guided_hint = self._encode(call)
-        return hint.of(call.piece, guided_hint)
+        """The guided hint of each of the samples that differ, or a single one for all of them."""
+        return self._of_samples(call, *self._encode(call))
+
+    def _of_samples(self, call: Call, hint: Hint, made: Tensor) -> Tensor:
+        """What was made of a hint, for each of the samples; for those that differ, where it goes by frames alone."""
+        found = hint.of(call.piece, made)
+        return found if hint.count is None else found[: call.distinct]
 
 
 class ControlLoraControl(ControlNetControl):
@@ -276,11 +291,11 @@ class UnionControl(ControlNetControl):
             )
         largest = max(range(len(features)), key=lambda i: len(features[i]))
         if not types:
-            return hints[largest].of(call.piece, features[largest])
+            return self._of_samples(call, hints[largest], features[largest])
         strengths = [value for _, value in self._acting]
         key = (tuple(id(feature) for feature in features), tuple(strengths))
         fused = self._kept.get(key, lambda: self.network.fuse(features, types, strengths), features)
-        return hints[largest].of(call.piece, fused)
+        return self._of_samples(call, hints[largest], fused)
 
 
 class AdapterControl(NetworkControl):
