@@ -208,7 +208,8 @@ class Control(comfy.controlnet.ControlNet):
         self._original_hint()  # says at once when there is none
         self._strength = self.full_strength()
         self._model_config = self.check_fits(model)
-        self._off = self._strength.off or not any(self._scales(1.0, (8, 8), None).weights)
+        weights = self._strength.scales(1.0, len(self._model_config.skip_channels), 8).weights
+        self._off = self._strength.off or not any(weights)
         self._percent_to_sigma = percent_to_timestep_function
         self.sub_idxs = self.full_latent_length = self.context_length = None
 
@@ -299,8 +300,7 @@ class Control(comfy.controlnet.ControlNet):
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
-        scales = self._scales(call.value, call.size, self._mask(call))
-        residuals = self._residuals(call, scales).mapped(lambda _, residual: call.piece.scatter(residual))
+        residuals = self._residuals(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
@@ -310,9 +310,24 @@ class Control(comfy.controlnet.ControlNet):
             residuals = before + residuals
         return injection.as_host_control(residuals, shapes)
 
-    def _scales(self, value: float, size: tuple[int, int], mask: Tensor | None) -> ControlScales:
+    def _in_batch(self, call: Call, part: Tensor) -> Tensor:
+        """The residual of the samples that control acts on, with zeros for the others of the call."""
+        if call.piece.whole:
+            return part
+        key = ("zeros", part.shape[1:], part.dtype, part.device)
+        zeros = self._kept.get(key, lambda: part.new_zeros(1, *part.shape[1:]))
+        return call.piece.scatter(part, zeros.expand(call.piece.samples, *part.shape[1:]))
+
+    def _scales(self, call: Call) -> ControlScales:
+        """What multiplies the residuals of this call; but for its value it is made once a run for each piece."""
         assert self._model_config is not None
-        return self._strength.scales(value, len(self._model_config.skip_channels), size[0], mask)
+        skips, hint = len(self._model_config.skip_channels), None if self._strength.mask is None else self._hint(call)
+        scales = self._kept.get(
+            ("scales", call.size, call.piece, hint and hint.key),
+            lambda: self._strength.scales(1.0, skips, call.size[0], self._mask(call)),
+            hint and hint.alive,
+        )
+        return scales.times(call.value)
 
     def _original_hint(self) -> Tensor:
         """The hint at its own size, (B,C,H,W)."""
@@ -408,7 +423,7 @@ def _held(shapes: Sequence[tuple[int, ...]], frames: int) -> int:
 
 def repeats(tensor: Tensor, rows: int) -> bool:
     """Whether it is known that `tensor` repeats its first `rows` all over: what lies on the CPU is compared."""
-    return len(tensor) <= rows or tensor.device.type == "cpu" and torch.equal(tensor[rows:], tensor[:-rows])
+    return len(tensor) <= rows or (tensor.device.type == "cpu" and torch.equal(tensor[rows:], tensor[:-rows]))
 
 
 def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:

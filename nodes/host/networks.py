@@ -272,7 +272,13 @@ class AdapterControl(NetworkControl):
     def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
         hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        return scales.apply(encoded.mapped(lambda _, residual: hint.of(call.piece, residual)))
+        residuals = encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
+
+        def scaled(i: int, residual: Tensor) -> Tensor | None:
+            found = scales.scaled(i, residual)
+            return residual.clone() if found is residual else found  # others may change what they are given
+
+        return residuals.mapped(scaled)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
