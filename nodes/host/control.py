@@ -215,7 +215,8 @@ class Control(comfy.controlnet.ControlNet):
         self._original_hint()  # says at once when there is none
         self._strength = self.full_strength()
         self._model_config = self.check_fits(model)
-        self._off = self._strength.off or not any(self._scales(1.0, (8, 8), None).weights)
+        weights = self._strength.scales(1.0, len(self._model_config.skip_channels), 8).weights
+        self._off = self._strength.off or not any(weights)
         self._percent_to_sigma = percent_to_timestep_function
         self.sub_idxs = self.full_latent_length = self.context_length = None
 
@@ -317,8 +318,7 @@ class Control(comfy.controlnet.ControlNet):
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
-        scaled = self._scales(call.value, call.size, self._mask(call)).apply(self._current(call))
-        residuals = scaled.mapped(lambda _, residual: call.piece.scatter(residual))
+        residuals = self._weighed(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
@@ -332,6 +332,18 @@ class Control(comfy.controlnet.ControlNet):
     def _reuses(self) -> bool:
         """Whether residuals of earlier steps may tell those of a call."""
         return self.dosing.reuse > 0
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether residuals at strength 1 stay here for later calls."""
+        return self._reuses
+
+    def _weighed(self, call: Call, scales: ControlScales) -> Residuals:
+        """The residuals of this call, which others may change as they like."""
+        current = self._current(call)
+        weighed = scales.apply(current)
+        kept = {id(residual) for residual in (*current, *current.encoder)} if self._keeps else ()
+        return weighed.mapped(lambda _, residual: residual.clone() if id(residual) in kept else residual)
 
     def _current(self, call: Call) -> Residuals:
         """The residuals of this call at strength 1: computed, or told from those of the steps before."""
@@ -354,9 +366,24 @@ class Control(comfy.controlnet.ControlNet):
         hint = self._hint(call)
         return hint.key, hint.alive
 
-    def _scales(self, value: float, size: tuple[int, int], mask: Tensor | None) -> ControlScales:
+    def _in_batch(self, call: Call, part: Tensor) -> Tensor:
+        """The residual of the samples that control acts on, with zeros for the others of the call."""
+        if call.piece.whole:
+            return part
+        key = ("zeros", part.shape[1:], part.dtype, part.device)
+        zeros = self._kept.get(key, lambda: part.new_zeros(1, *part.shape[1:]))
+        return call.piece.scatter(part, zeros.expand(call.piece.samples, *part.shape[1:]))
+
+    def _scales(self, call: Call) -> ControlScales:
+        """What multiplies the residuals of this call; but for its value it is made once a run for each piece."""
         assert self._model_config is not None
-        return self._strength.scales(value, len(self._model_config.skip_channels), size[0], mask)
+        skips, hint = len(self._model_config.skip_channels), None if self._strength.mask is None else self._hint(call)
+        scales = self._kept.get(
+            ("scales", call.size, call.piece, hint and hint.key),
+            lambda: self._strength.scales(1.0, skips, call.size[0], self._mask(call)),
+            hint and hint.alive,
+        )
+        return scales.times(call.value)
 
     def _original_hint(self) -> Tensor:
         """The hint at its own size, (B,C,H,W)."""

@@ -1,4 +1,4 @@
-"""What a run has computed of hints and keeps for its next steps, within bounds."""
+"""What a run has computed of hints and masks and keeps for its next steps, within bounds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks.residuals import Residuals
 
 LIMIT = 512 * 2**20
@@ -41,4 +42,6 @@ class Kept:
 def _bytes(value: Any) -> int:
     if isinstance(value, (Tensor, Residuals)):
         return value.nbytes
+    if isinstance(value, ControlScales):
+        return 0 if value.mask is None else value.mask.nbytes
     return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0

@@ -310,6 +310,10 @@ class AdapterControl(NetworkControl):
     def _reuses(self) -> bool:
         return False  # it computes nothing again as it is
 
+    @property
+    def _keeps(self) -> bool:
+        return True
+
     def _residuals(self, call: Call) -> Residuals:
         hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
