@@ -34,12 +34,12 @@ MEASURED = """
 """Parameters of the annotators that results are measured with."""
 CONTRACT = {
     "LoadControlNet": (["control_net_name", "weight_dtype", "control_type", "model"], ["control_net"]),
-    "ApplyControl": (["model", *DOSE, "control_net", "image", *EXTRAS, "vae"], ["model"]),
+    "ApplyControl": (["model", *DOSE, "control_net", "image", *EXTRAS, "vae", "reuse"], ["model"]),
     "ApplyControlToPrompt": (
-        ["positive", "negative", *DOSE, "control_net", "image", *EXTRAS, "vae"],
+        ["positive", "negative", *DOSE, "control_net", "image", *EXTRAS, "vae", "reuse"],
         ["positive", "negative"],
     ),
-    "StackControls": (["control_net", "image", *DOSE, *EXTRAS], ["stack"]),
+    "StackControls": (["control_net", "image", *DOSE, *EXTRAS, "reuse"], ["stack"]),
     "ControlSchedule": (["curve", "keyframes", "unit", "per_image"], ["schedule"]),
     "ControlBlockWeights": (["preset", "falloff", "skips", "middle"], ["block_weights"]),
     "RecordControl": (["model"], ["model", "record"]),
