@@ -8,13 +8,14 @@ from comfy_api.latest import io, ui
 
 from ..controlnet_core.dosing.block_weights import LARGEST, PRESETS, SOFT, BlockWeights
 from ..controlnet_core.dosing.schedule import CURVES, SCHEDULE_UNITS, Schedule, ScheduleError, parse
+from ..controlnet_core.errors import ZeroConvError
 from . import apply, pictures
 
 CUSTOM = "custom"
 FAMILIES = {12: "SD1.x, SD2.x: 12 skip connections and the middle", 9: "SDXL: 9 skip connections and the middle"}
 
 
-class NumbersError(ValueError):
+class NumbersError(ZeroConvError):
     """A text that is no list of numbers."""
 
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import ZeroConvError
+
 Preset = Literal["even", "soft", "middle only", "deep half", "shallow half", "custom"]
 PRESETS: tuple[Preset, ...] = ("even", "soft", "middle only", "deep half", "shallow half", "custom")
 
@@ -16,7 +18,7 @@ LARGEST = 10.0
 """Of a weight, as of a strength."""
 
 
-class BlockWeightsError(ValueError):
+class BlockWeightsError(ZeroConvError):
     """Weights that cannot be meant, or that are made for a UNet of another size."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from ..errors import ZeroConvError
 from .clock import Moment
 from .window import Window
 
@@ -17,7 +18,7 @@ INTERPOLATIONS: tuple[Interpolation, ...] = ("linear", "ease", "hold")
 SCHEDULE_UNITS: tuple[ScheduleUnit, ...] = ("window", "percent", "step")
 
 
-class ScheduleError(ValueError):
+class ScheduleError(ZeroConvError):
     """Keyframes that cannot be meant, or that cannot be read."""
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ZeroConvError
 from ..networks.residuals import Residuals
 from .block_weights import BlockWeights
 from .clock import Moment
@@ -19,7 +20,7 @@ Guidance = Literal["both", "cond_only", "cfg_resolution"]
 GUIDANCE: tuple[Guidance, ...] = ("both", "cond_only", "cfg_resolution")
 
 
-class StrengthError(ValueError):
+class StrengthError(ZeroConvError):
     """A strength that cannot be meant, or that does not go with the residuals."""
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import ZeroConvError
 from .clock import Moment
 
 Unit = Literal["percent", "step"]
 UNITS: tuple[Unit, ...] = ("percent", "step")
 
 
-class WindowError(ValueError):
+class WindowError(ZeroConvError):
     """A window that cannot be meant."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ZeroConvError
 from ..keys import Condition, State, Weights, has, some
 from ..networks import control_lora, controlnet, lite, lllite, t2i_adapter, union
 from ..networks.configuration import heads_metadata
@@ -17,7 +18,7 @@ from .diagnosis import OTHER_CONTROLS, diagnose
 from .layouts import CONTROL, from_difference, from_diffusers, from_ldm, to_diffusers
 
 
-class UnknownFormat(ValueError):
+class UnknownFormat(ZeroConvError):
     """No format claims these weights; the message says what they are and where they belong."""
 
 

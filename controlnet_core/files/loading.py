@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..errors import ZeroConvError
 from ..keys import State, Weights, has, times
 from ..networks.configuration import ConfigurationError, check_heads, read_unet_config
 from ..networks.network import ControlNetwork
@@ -27,7 +28,7 @@ NEW = ("zero_convs.", "middle_block_out.", "input_hint_block.")
 """The parts of a ControlNet that its base UNet lacks."""
 
 
-class LoadError(ValueError):
+class LoadError(ZeroConvError):
     """Weights that cannot be read or loaded; the message begins with the file's name."""
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..errors import ZeroConvError
 from ..keys import State, numbered
 from .unet import UNetConfig
 
@@ -21,7 +22,7 @@ HEAD_DIM = 64
 """Channels a head in SD2.x and SDXL, and what ComfyUI assumes of every size that was never published."""
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(ZeroConvError):
     """Weights of a layout that `UNetConfig` cannot express; the message names the odd key."""
 
 

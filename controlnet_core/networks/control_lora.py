@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import ZeroConvError
 from ..keys import State, Weights, times
 from .configuration import ConfigurationError, check_heads, read_unet_config
 from .controlnet import HINT_ENCODERS, BaseMismatch, ControlNet, read_hint_encoder
@@ -25,7 +26,7 @@ BORROWED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 """The parts that a base UNet has too; the rest of a ControlNet is always its own."""
 
 
-class NotBound(RuntimeError):
+class NotBound(ZeroConvError, RuntimeError):
     """A Control-LoRA was run without the base UNet whose layers it borrows."""
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import ZeroConvError
 from ..keys import State
 from .configuration import ConfigurationError
 from .network import describe_hint
@@ -30,7 +31,7 @@ Scale = Callable[[int, Tensor], Tensor | None]
 """Scales the delta (B,C,h,w) of encoder block i as `strength.ControlScales` does a residual; `None`: nothing's left."""
 
 
-class LLLiteError(ValueError):
+class LLLiteError(ZeroConvError):
     """A ControlLLLite and a UNet, or a hint, that do not go together."""
 
 

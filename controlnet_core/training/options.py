@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from ..errors import ZeroConvError
 from ..networks.controlnet import CONNECTIONS, HINT_ENCODERS
 
 KINDS = ("controlnet", "control_lora", "lite")
@@ -19,7 +20,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
-class OptionsError(ValueError):
+class OptionsError(ZeroConvError):
     """Options that cannot be trained with; the message says what is expected."""
 
 

@@ -21,6 +21,7 @@ from ...controlnet_core.dosing.clock import Moment
 from ...controlnet_core.dosing.piece import Piece, parts
 from ...controlnet_core.dosing.strength import ControlScales, Strength
 from ...controlnet_core.dosing.window import Window
+from ...controlnet_core.errors import ZeroConvError, printable
 from ...controlnet_core.keys import times
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
@@ -33,7 +34,7 @@ RECORD = "zeroconv_record"
 """Key in `transformer_options`: the record that RecordControl makes of what each control adds."""
 
 
-class ControlError(ValueError):
+class ControlError(ZeroConvError):
     """A control that does not fit the model or the graph it is used in."""
 
 
@@ -116,7 +117,7 @@ class Control(comfy.controlnet.ControlNet):
 
     def __init__(self, name: str):
         super().__init__(None)
-        self.name = name
+        self.name = printable(name)
         self.device = comfy.model_management.get_torch_device()
         self.control_model: Any = HintsAsGiven()
         self.dosing = Strength()
