@@ -32,7 +32,7 @@ def node(error: Exception, cause: Exception | None = None) -> Any:
 @pytest.mark.parametrize(
     ("error", "cause"),
     [
-        (KeyError(NAME), None),
+        (LookupError(NAME), None),
         (RuntimeError(NAME), None),
         (ZeroConvError(NAME), RuntimeError(NAME)),
         (KeyError("found"), RuntimeError(NAME)),
