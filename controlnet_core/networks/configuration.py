@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import ZeroConvError
-from ..keys import State, numbered
+from ..keys import State, numbered, times
 from .unet import UNetConfig
 
 SD1_WIDTH, SD1_HEADS = 320, 8
@@ -20,6 +20,9 @@ SD1_WIDTH, SD1_HEADS = 320, 8
 
 HEAD_DIM = 64
 """Channels a head in SD2.x and SDXL, and what ComfyUI assumes of every size that was never published."""
+
+NORM_GROUPS = 32
+"""Of every GroupNorm (CompVis/stable-diffusion, ldm/modules/diffusionmodules/util.py)."""
 
 
 class ConfigurationError(ZeroConvError):
@@ -36,9 +39,14 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
     Raises ConfigurationError when a key is missing or the layout is irregular.
     """
     model_channels, in_channels = shape_of(state, "input_blocks.0.0.weight", 4)[:2]
+    if model_channels % NORM_GROUPS:
+        raise ConfigurationError(
+            f"input_blocks.0.0.weight has {model_channels} output channels: expected a multiple of {NORM_GROUPS}, the "
+            "groups that a UNet's channels are normalised in"
+        )
     levels = _levels(state, model_channels)
     linear = any(key.endswith(".1.proj_in.weight") and tensor.ndim == 2 for key, tensor in state.items())
-    contexts = [tensor for key, tensor in state.items() if key.endswith(".attn2.to_k.weight")]
+    contexts = [key for key in state if key.endswith(".attn2.to_k.weight")]
     pooled = shape_of(state, "label_emb.0.0.weight", 2) if "label_emb.0.0.weight" in state else None
     config = UNetConfig(
         in_channels=in_channels,
@@ -48,10 +56,16 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         num_res_blocks=len(levels[0]),
         transformer_depth=tuple(level[0].depth for level in levels),
         transformer_depth_middle=_middle_depth(state),
-        context_dim=contexts[0].shape[-1] if contexts else 0,
+        context_dim=shape_of(state, contexts[0], 2)[1] if contexts else 0,
         use_linear=linear,
         adm_in_channels=pooled[1] if pooled else None,
     )
+    transformers = config.num_res_blocks * sum(config.transformer_depth) + config.transformer_depth_middle
+    if transformers > len(state):
+        raise ConfigurationError(
+            f"its keys speak of {transformers} transformer blocks, and there are {len(state)} tensors in all: load a "
+            "whole control"
+        )
     num_heads, head_dim = _heads(metadata or {}, default=_usual_heads(config))
     return replace(config, num_heads=num_heads, head_dim=head_dim)
 
@@ -174,8 +188,10 @@ def _heads(metadata: Mapping[str, str], default: tuple[int, int]) -> tuple[int, 
     """(number of heads or 0, channels a head): from the file's metadata, if it says so."""
     for name in ("num_heads", "head_dim"):
         text = metadata.get(name)
-        if text is not None and (not text.isdecimal() or int(text) < 1):
-            raise ConfigurationError(f"the file's metadata has {name} {text!r}: expected a whole number from 1 up")
+        if text is not None and (not text.isdecimal() or len(text) > 4 or int(text) < 1):
+            raise ConfigurationError(
+                f"the file's metadata has {name} {text!r}: expected a whole number from 1 up to 9999"
+            )
     if "num_heads" in metadata:
         return int(metadata["num_heads"]), HEAD_DIM
     if "head_dim" in metadata:
@@ -189,5 +205,5 @@ def shape_of(state: State, key: str, ndim: int) -> tuple[int, ...]:
         raise ConfigurationError(f"{key} is missing, of which the network's size is read")
     shape = tuple(state[key].shape)
     if len(shape) != ndim or 0 in shape:
-        raise ConfigurationError(f"{key} has shape {'x'.join(map(str, shape))}: expected {ndim} dimensions")
+        raise ConfigurationError(f"{key} is {times(shape)}: expected {ndim} dimensions, none of them 0")
     return shape
