@@ -33,3 +33,38 @@ PARTS = 1000
 
 PICKLE = 64 << 20
 """Bytes of the description of what is in a file that torch saved, beside the numbers of its tensors."""
+
+# -- pictures and texts -----------------------------------------------------------------------------------------------
+
+SIDE = 16384
+"""Pixels of a picture's side, as the host has it."""
+
+PIXEL = 16.0
+"""Of a hint's numbers, which are 0 to 1: some marks lie outside, such as the -1 of pixels to paint anew."""
+
+FACTOR = 100.0
+"""Of a strength, and of what multiplies it."""
+
+WRITTEN = 100_000
+"""Characters of a text that numbers are read from."""
+
+NUMBERS = 10_000
+"""In such a text: a strength for each frame of a long video."""
+
+KEYFRAMES = 1000
+"""Of a schedule."""
+
+STEPS = 100_000
+"""Of a run that can be pointed at."""
+
+PEOPLE = 1000
+"""In one frame of pose keypoints."""
+
+NAME = 200
+"""Bytes of a file's or folder's name; file systems take 255, and more is added while it is written."""
+
+FOLDERS = 16
+"""Names of folders in the name of a file."""
+
+BATCH = 4096
+"""Pictures that are worked on at once."""

@@ -13,6 +13,7 @@ from ..controlnet_core.dosing.schedule import Schedule
 from ..controlnet_core.dosing.strength import GUIDANCE, Guidance, Strength
 from ..controlnet_core.dosing.window import UNITS, Unit, Window
 from .host import attach as host_attach
+from .host import given
 from .host import stack as host_stack
 from .host.resize import RESIZES, Resize
 
@@ -113,7 +114,7 @@ class Inputs:
             if self.stack is UNCONNECTED:
                 raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
             return entries
-        mask = None if self.mask is None else self.mask.reshape(-1, 1, *self.mask.shape[-2:])
+        mask = given.mask(self.mask)
         window = Window(self.start, self.end, self.unit)
         strength = Strength(self.strength, window, self.guidance, mask, self.schedule, self.block_weights)
         return [*entries, host_stack.entry(self.control_net, self.image, strength, self.resize)]
@@ -132,10 +133,12 @@ class ApplyControl(io.ComfyNode):
             "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, not this one's.",
             inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, vae: Any = None, **inputs: Any) -> io.NodeOutput:
+        host_attach.check_graph(cls.hidden.prompt, cls.hidden.unique_id)
         controls = host_stack.controls(Inputs(**inputs).entries(), vae)
         return io.NodeOutput(host_attach.attach_to_model(model, controls))
 

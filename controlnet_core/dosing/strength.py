@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ZeroConvError
+from ..limits import FACTOR
 from ..networks.residuals import Residuals
 from .block_weights import BlockWeights
 from .clock import Moment
@@ -44,6 +45,8 @@ class Strength:
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
             raise StrengthError(f"guidance is one of {', '.join(GUIDANCE)}, found {self.guidance!r}")
+        if not abs(self.value) <= FACTOR:  # NaN is not
+            raise StrengthError(f"a strength is a number up to {FACTOR:g}, found {self.value:g}: 1 is the usual one")
 
     @cached_property
     def off(self) -> bool:

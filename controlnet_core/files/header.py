@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ..errors import ZeroConvError
 from ..keys import times
@@ -96,7 +96,7 @@ def _entry(name: str, found: Any) -> Entry:
     return entry
 
 
-def _whole_numbers(found: Any) -> bool:
+def _whole_numbers(found: Any) -> TypeGuard[list[int]]:
     return isinstance(found, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in found)
 
 

@@ -171,7 +171,7 @@ AROUND = ("state_dict", "model_state_dict", "module", "model", "controlnet", "ad
 def tensors_of(loaded: Any) -> Weights:
     """The tensors in what a file holds: {"state_dict": ...}, {"module": ...}, or among other things ({"epoch": 3}).
 
-    Raises ContentError where there are none, and says what it is instead.
+    Raises ContentError where there are none, and says what it is instead; and for shapes without numbers.
     """
     for _ in range(WRAPPINGS):
         if not isinstance(loaded, Mapping):
@@ -196,6 +196,9 @@ def tensors_of(loaded: Any) -> Weights:
         )
     if len(weights) > TENSORS:
         raise ContentError(f"this file holds {len(weights)} tensors, expected at most {TENSORS}: load another")
+    bare = [key for key, tensor in weights.items() if tensor.is_meta]
+    if bare:
+        raise ContentError(f"{bare[0]} has a shape and no numbers: save the control's whole weights again")
     return weights
 
 
@@ -215,9 +218,8 @@ def check_plain(state: State) -> None:
     for key, tensor in state.items():
         if tensor.is_quantized:
             raise ContentError(f"{key} is quantized ({tensor.dtype}): load the control's file in fp16, bf16 or fp32")
-        if tensor.is_meta or tensor.layout != torch.strided:
-            what = "has a shape and no numbers" if tensor.is_meta else f"is {tensor.layout}"
-            raise ContentError(f"{key} {what}, expected plain numbers: save the control's whole weights again")
+        if tensor.layout != torch.strided:
+            raise ContentError(f"{key} is {tensor.layout}, expected plain numbers: save the control's weights again")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ContentError(
                 f"{key} needs {tensor.nbytes} bytes, and there are {tensor.untyped_storage().nbytes()} of it: download "

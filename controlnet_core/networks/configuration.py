@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import ZeroConvError
-from ..keys import State, numbered, times
+from ..keys import State, numbered
 from .unet import UNetConfig
 
 SD1_WIDTH, SD1_HEADS = 320, 8
@@ -101,7 +101,6 @@ def describe_mismatch(control: UNetConfig, model: UNetConfig, kind: str = "Contr
     ours, theirs = control.family, model.family
     if ours != theirs:
         return f"this {kind} is made for {ours}, the model is {theirs}: load a control made for {theirs}"
-    latents = {model.in_channels, model.out_channels}
     contexts = {control.context_dim, model.context_dim}
     for what, found, expected, fits in (
         ("channels at the top level", control.model_channels, model.model_channels, False),
@@ -109,7 +108,7 @@ def describe_mismatch(control: UNetConfig, model: UNetConfig, kind: str = "Contr
         ("ResBlocks on each level", control.num_res_blocks, model.num_res_blocks, False),
         ("numbers for each text token", control.context_dim, model.context_dim, 0 in contexts),
         ("numbers in the pooled vector", control.adm_in_channels, model.adm_in_channels, False),
-        ("latent channels", control.in_channels, model.out_channels, control.in_channels in latents),
+        ("latent channels", control.in_channels, model.out_channels, False),
     ):
         if found != expected and not fits:
             found, expected = (" ".join(map(str, n)) if isinstance(n, tuple) else n for n in (found, expected))
@@ -205,5 +204,6 @@ def shape_of(state: State, key: str, ndim: int) -> tuple[int, ...]:
         raise ConfigurationError(f"{key} is missing, of which the network's size is read")
     shape = tuple(state[key].shape)
     if len(shape) != ndim or 0 in shape:
-        raise ConfigurationError(f"{key} is {times(shape)}: expected {ndim} dimensions, none of them 0")
+        empty = ", none of them 0" if 0 in shape else ""
+        raise ConfigurationError(f"{key} has shape {'x'.join(map(str, shape))}: expected {ndim} dimensions{empty}")
     return shape

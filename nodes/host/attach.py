@@ -107,6 +107,30 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
     return clone
 
 
+def check_graph(graph: dict[str, Any] | None, node_id: str | None) -> None:
+    """Raise where node `node_id` of a prompt (API format) hands its MODEL to a merge that takes weights alone of it.
+
+    The host's merge nodes keep what hangs on `model1`; of the others they take weights, and would drop control.
+    """
+    graph, reached, seen = graph or {}, [node_id], set()
+    while reached:
+        source = reached.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        for name, node in graph.items():
+            for given, value in node.get("inputs", {}).items():
+                if not (isinstance(value, list) and len(value) == 2 and str(value[0]) == source):
+                    continue
+                if given == "model2" and node.get("class_type", "").startswith("ModelMerge"):
+                    raise ControlError(
+                        f"the controlled model goes into model2 of {node['class_type']} (node {name}), which takes "
+                        "nothing but weights of it, and control would be lost: apply control behind the merge"
+                    )
+                if given in ("model", "model1"):
+                    reached.append(name)
+
+
 def _warn_of_tiles(controls: Sequence[Control], size: tuple[int, ...], sampled: list[tuple[int, ...]]) -> None:
     """Say so in the log, once for a model, where it seems to sample the tiles of a picture: none of them is told."""
     for control in controls:
