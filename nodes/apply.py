@@ -15,6 +15,7 @@ from ..controlnet_core.dosing.window import UNITS, Unit, Window
 from .host import attach as host_attach
 from .host import given
 from .host import stack as host_stack
+from .host.control import ControlError
 from .host.resize import RESIZES, Resize
 
 STACK = io.Custom("CONTROL_NET_STACK")
@@ -133,12 +134,22 @@ class ApplyControl(io.ComfyNode):
             "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, not this one's.",
             inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Runs again when its model goes where control would be lost: what it made before is kept otherwise."""
+        return host_attach.lost_in(host_attach.running_graph(), cls.hidden.unique_id)
+
+    @classmethod
     def execute(cls, model: Any, vae: Any = None, **inputs: Any) -> io.NodeOutput:
-        host_attach.check_graph(cls.hidden.prompt, cls.hidden.unique_id)
+        lost = host_attach.lost_in(host_attach.running_graph(), cls.hidden.unique_id)
+        if lost:
+            raise ControlError(
+                f"the controlled model goes into {lost}, which takes nothing but weights of it, and control would be "
+                "lost: apply control behind the merge"
+            )
         controls = host_stack.controls(Inputs(**inputs).entries(), vae)
         return io.NodeOutput(host_attach.attach_to_model(model, controls))
 

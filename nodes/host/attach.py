@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,12 +108,12 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
     return clone
 
 
-def check_graph(graph: dict[str, Any] | None, node_id: str | None) -> None:
-    """Raise where node `node_id` of a prompt (API format) hands its MODEL to a merge that takes weights alone of it.
+def lost_in(graph: dict[str, Any], node_id: str | None) -> str:
+    """Where a prompt (API format) hands the MODEL of node `node_id` to a merge that drops control; empty if it does not.
 
-    The host's merge nodes keep what hangs on `model1`; of the others they take weights, and would drop control.
+    The host's merge nodes keep what hangs on `model1`; of `model2` they take weights alone.
     """
-    graph, reached, seen = graph or {}, [node_id], set()
+    reached, seen = [node_id], set()
     while reached:
         source = reached.pop()
         if source in seen:
@@ -123,12 +124,17 @@ def check_graph(graph: dict[str, Any] | None, node_id: str | None) -> None:
                 if not (isinstance(value, list) and len(value) == 2 and str(value[0]) == source):
                     continue
                 if given == "model2" and node.get("class_type", "").startswith("ModelMerge"):
-                    raise ControlError(
-                        f"the controlled model goes into model2 of {node['class_type']} (node {name}), which takes "
-                        "nothing but weights of it, and control would be lost: apply control behind the merge"
-                    )
+                    return f"model2 of {node['class_type']} (node {name})"
                 if given in ("model", "model1"):
                     reached.append(name)
+    return ""
+
+
+def running_graph() -> dict[str, Any]:
+    """The prompt that the host's queue works on, in API format; empty where there is no queue."""
+    server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    running = server.prompt_queue.get_current_queue()[0] if hasattr(server, "prompt_queue") else []
+    return running[0][2] if running else {}
 
 
 def _warn_of_tiles(controls: Sequence[Control], size: tuple[int, ...], sampled: list[tuple[int, ...]]) -> None:
