@@ -139,8 +139,13 @@ class ApplyControl(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        """Runs again when its model goes where control would be lost: what it made before is kept otherwise."""
-        return host_attach.lost_in(host_attach.running_graph(), cls.hidden.unique_id)
+        """Runs again, to say so, when the model of some such node goes where control would be lost.
+
+        The host tells this function neither its node nor the graph, and keeps what was made before the graph changed.
+        """
+        graph = host_attach.running_graph()
+        own = (name for name, node in graph.items() if node.get("class_type") == "ApplyControl")
+        return ", ".join(filter(None, (host_attach.lost_in(graph, name) for name in own)))
 
     @classmethod
     def execute(cls, model: Any, vae: Any = None, **inputs: Any) -> io.NodeOutput:

@@ -109,7 +109,7 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
 
 
 def lost_in(graph: dict[str, Any], node_id: str | None) -> str:
-    """Where a prompt (API format) hands the MODEL of node `node_id` to a merge that drops control; empty if it does not.
+    """Where a prompt (API format) hands the MODEL of node `node_id` to a merge that drops control; empty where nowhere.
 
     The host's merge nodes keep what hangs on `model1`; of `model2` they take weights alone.
     """
