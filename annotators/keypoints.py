@@ -80,7 +80,7 @@ def read_frames(given: Any) -> list[Any] | None:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AnnotatorError(
                 f"pose_keypoints is text and no JSON ({error}): connect keypoints, or a file"
             ) from error

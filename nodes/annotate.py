@@ -16,6 +16,7 @@ from ..annotators.images import AnnotatorError, fit_mask
 from ..annotators.keypoints import read_frames
 from ..annotators.pipeline import covering, draw
 from .host import annotators as host_annotators
+from .host import given
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
@@ -83,18 +84,18 @@ class Annotate(io.ComfyNode):
     ) -> io.NodeOutput:
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
         own = own_parameters(chosen, parameters)
-        if len(image) == 0:
+        if image.numel() == 0:
             raise AnnotatorError(f"image is an empty batch of shape {tuple(image.shape)}: connect at least one picture")
         if resolution == PIXEL_PERFECT:
             resolution = as_large(image, latent)
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
-        masks = each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
+        masks = each(given.mask(mask), len(image), "masks")
         frames = (
-            each(read_frames(pose_keypoints), len(image), "frames of pose_keypoints")
+            each(given.people(read_frames(pose_keypoints)), len(image), "frames of pose_keypoints")
             if chosen.reads_pose
             else [None] * len(image)
         )
-        masks = [None if mask is None else mask.float().cpu().numpy() for mask in masks]
+        masks = [None if mask is None else mask[0].float().cpu().numpy() for mask in masks]
         together = max(1, AT_ONCE // image[0, :, :, 0].numel()) if chosen.batched else 1
         pictures, found, run = image.float().cpu().numpy(), [], object()
 
@@ -148,10 +149,10 @@ def own_parameters(annotator: Annotator, given: Mapping[str, Any]) -> dict[str, 
     return {p.name: given.get(f"{annotator.name}_{p.name}", p.default) for p in annotator.parameters}
 
 
-def each(given: Any, count: int, what: str) -> list[Any]:
-    """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
-    if given is None:
+def each(found: Any, count: int, what: str) -> list[Any]:
+    """One of `found` for each picture: there is one for all, or as many; `None` for each when there is none."""
+    if found is None:
         return [None] * count
-    if len(given) not in (1, count):
-        raise AnnotatorError(f"{count} images came with {len(given)} {what}: connect one for all or one for each")
-    return [given[i % len(given)] for i in range(count)]
+    if len(found) not in (1, count):
+        raise AnnotatorError(f"{count} images came with {len(found)} {what}: connect one for all or one for each")
+    return [found[i % len(found)] for i in range(count)]

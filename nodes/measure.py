@@ -24,6 +24,7 @@ from ..annotators.keypoints import read_frames
 from ..annotators.measure import SCORES, centre_like, kind_of
 from .annotate import PoseKeypoint, each, own_parameters, widget
 from .host import annotators as host_annotators
+from .host import given
 from .host.progress import steps
 
 _NO_JOINTS = "a pose is measured by its joints, and there are none: connect {}"
@@ -94,10 +95,12 @@ class MeasureControl(io.ComfyNode):
     ) -> io.NodeOutput:
         if len(image) == 0 or len(hint) == 0:
             raise AnnotatorError(f"found {len(image)} images and {len(hint)} hints: connect at least one of each")
+        for name, pictures in {"image": image, "hint": hint, "result_hint": result_hint}.items():
+            given.picture(pictures, name)
         posed = kind_of(annotator) == "pose"
         # Annotate gives keypoints with every hint; only people are compared by them.
         pose_keypoints, result_keypoints = (
-            read_frames(given) or None if posed else None for given in (pose_keypoints, result_keypoints)
+            given.people(read_frames(found)) or None if posed else None for found in (pose_keypoints, result_keypoints)
         )
         if posed and pose_keypoints is None:
             raise AnnotatorError(_NO_JOINTS.format("pose_keypoints, those of the hint"))

@@ -9,13 +9,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..errors import ZeroConvError
 from ..files.writing import replacing
 
 NAME = "manifest.json"
 FORMAT, VERSION = "zeroconv dataset", 1
 
 
-class DatasetError(ValueError):
+class DatasetError(ZeroConvError):
     """A dataset that cannot be read or written; the message begins with its folder or a file in it."""
 
 

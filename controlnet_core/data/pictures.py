@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import ZeroConvError
+
 FINEST, COARSEST = 8, 64
 """Sides of buckets are multiples of an eighth of the resolution between these: of 64, so that all four levels of a UNet
 halve evenly, where that leaves enough shapes to choose from, and at least of the latent's 8."""
@@ -25,7 +27,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.err
 """What PIL raises for files that are damaged, of another kind, or not there."""
 
 
-class PictureError(ValueError):
+class PictureError(ZeroConvError):
     """A picture that cannot be used; the message is the reason alone."""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ZeroConvError
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 HINT_FOLDERS = ("hints", "conditioning")
 HINT_ENDING = "_hint"
@@ -22,7 +24,7 @@ PROMPT_KEYS = ("text", "caption", "prompt")
 HINT_KEYS = ("conditioning_image_file_name", "conditioning_image", "hint", "source")
 
 
-class SourceError(ValueError):
+class SourceError(ZeroConvError):
     """A folder in which there is nothing to train on; the message says what is read and what was found."""
 
 

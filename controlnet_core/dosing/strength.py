@@ -9,6 +9,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ZeroConvError
+from ..limits import FACTOR
 from ..networks.residuals import Residuals
 from .block_weights import BlockWeights
 from .clock import Moment
@@ -23,7 +25,7 @@ MOST_REUSED = 0.9
 """Part of the steps: of ten, one must be computed."""
 
 
-class StrengthError(ValueError):
+class StrengthError(ZeroConvError):
     """A strength that cannot be meant, or that does not go with the residuals."""
 
 
@@ -52,6 +54,8 @@ class Strength:
             raise StrengthError(
                 f"reuse is a part of the steps, 0 to {MOST_REUSED:g}, found {self.reuse:g}: 0.5 is every second step"
             )
+        if not abs(self.value) <= FACTOR:  # NaN is not
+            raise StrengthError(f"a strength is a number up to {FACTOR:g}, found {self.value:g}: 1 is the usual one")
 
     @cached_property
     def off(self) -> bool:

@@ -24,20 +24,22 @@ from ...controlnet_core.dosing.clock import Moment
 from ...controlnet_core.dosing.piece import Piece, parts
 from ...controlnet_core.dosing.strength import ControlScales, Strength
 from ...controlnet_core.dosing.window import Window
+from ...controlnet_core.errors import ZeroConvError, printable
 from ...controlnet_core.keys import times
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import SD15, UNetConfig
-from . import run
+from . import given, run
 from .graphs import Beside
 from .kept import Kept
 from .resize import POSITIONS, Resize, at_positions, resize, with_positions
+from .watch import Finite
 
 RECORD = "zeroconv_record"
 """Key in `transformer_options`: the record that RecordControl makes of what each control adds."""
 
 
-class ControlError(ValueError):
+class ControlError(ZeroConvError):
     """A control that does not fit the model or the graph it is used in."""
 
 
@@ -122,7 +124,7 @@ class Control(comfy.controlnet.ControlNet):
 
     def __init__(self, name: str):
         super().__init__(None)
-        self.name = name
+        self.name = printable(name)
         self.device = comfy.model_management.get_torch_device()
         self.control_model: Any = HintsAsGiven()
         self.dosing = Strength()
@@ -146,6 +148,7 @@ class Control(comfy.controlnet.ControlNet):
         self._reused = reuse.Reused(self.dosing.reuse)
         self._evaluated: Tensor | None = None
         self._asked: Counter[Hashable] = Counter()
+        self._finite = Finite(self.name)
 
     # -- what nodes call -------------------------------------------------------------------------------------------
 
@@ -172,10 +175,16 @@ class Control(comfy.controlnet.ControlNet):
 
     def set_cond_hint(self, cond_hint: Tensor, *args: Any, **kwargs: Any) -> Control:
         """Take a hint (B,C,H,W) and the host's settings, whose number differs between its versions."""
+        cond_hint = given.hint(cond_hint, self.hint_channels, self.name)
         super().set_cond_hint(cond_hint, *args, **kwargs)
         self.cond_hint_original = self._uncut = cond_hint if self.dosing.mask is None else with_positions(cond_hint)
         self._channels = cond_hint.shape[1]
         return self
+
+    @property
+    def hint_channels(self) -> int:
+        """Channels of the hint that it takes."""
+        return 3
 
     def full_strength(self) -> Strength:
         """The strength that all settings describe, the host's and ours; raises for a window that cannot be meant."""
@@ -221,9 +230,18 @@ class Control(comfy.controlnet.ControlNet):
         self.sub_idxs = self.full_latent_length = self.context_length = None
 
     def cleanup(self) -> None:
-        """End a run."""
-        super().cleanup()
-        self._forget_run()
+        """End a run; raises NotFiniteError where it gave residuals that nothing can be made of."""
+        finite = self._finite
+        try:
+            super().cleanup()
+        finally:
+            self._forget_run()
+        finite.check()
+
+    def let_go(self) -> None:
+        """End a run whose end is told by another error already."""
+        self._finite = Finite(self.name)
+        self.cleanup()
 
     def expect(self, model: Any, frames: int, height: int, width: int, whole: int) -> None:
         """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be.
@@ -303,9 +321,9 @@ class Control(comfy.controlnet.ControlNet):
 
     def _frames(self, options: dict[str, Any]) -> tuple[int, ...] | None:
         """The numbers of the frames that a call is about, where it is about some of the run's alone."""
-        given = getattr(self, "sub_idxs", None)
-        if given is not None:
-            return tuple(given)
+        told = getattr(self, "sub_idxs", None)
+        if told is not None:
+            return tuple(told)
         window = options.get("context_window")
         if window is None or getattr(window, "dim", None) != 0:
             return None
@@ -319,6 +337,7 @@ class Control(comfy.controlnet.ControlNet):
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
         residuals = self._weighed(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
+        self._finite.see(call.x, residuals)
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
@@ -432,6 +451,12 @@ class Control(comfy.controlnet.ControlNet):
     def _mask_of(self, call: Call, mask: Tensor) -> Tensor:
         """The mask (B,1,8H,8W) for this call: cut like the hint, where somebody has cut that."""
         height, width = (8 * n for n in call.size)
+        pictures = max(call.piece.frames) + 1
+        if len(mask) > pictures and self._frames(call.options) is None:
+            raise ControlError(
+                f"{self.name}: the mask has {len(mask)} pictures, and {pictures} {'is' if pictures == 1 else 'are'} "
+                "sampled: connect one for all or one for each"
+            )
         hint = self._hint(call)
         if hint.source is self._uncut:
             made = self._kept.get(

@@ -13,7 +13,7 @@ from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
 from .control import Call, Control, ControlError
 from .models import unet_config
-from .resize import resize
+from .resize import check_crop, resize
 
 
 class ForeignControl(Control):
@@ -100,7 +100,9 @@ class ForeignControl(Control):
         order = None if hint.count is None or cuts_itself else self._order(call, hint.count)
         if self._shown is None or self._shown[0] != (hint.key, order):
             rows, size = self._original_hint() if cuts_itself else hint.rows, (call.size[0] * 8, call.size[1] * 8)
-            if self.resize != "crop" and rows.shape[2:] != size:
+            if self.resize == "crop":
+                check_crop(rows, *size)
+            elif rows.shape[2:] != size:
                 rows = resize(rows, *size, self.resize)
             self._show(rows if order is None else rows[list(order)])
             self._shown = (hint.key, order), hint.alive

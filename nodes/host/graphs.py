@@ -26,6 +26,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
+from ...controlnet_core.errors import ZeroConvError
 from ...controlnet_core.networks.injection import HostControl
 from ...controlnet_core.networks.residuals import Residuals
 from .capture import Backend, Captured, CudaBackend, Function, Mark
@@ -46,7 +47,7 @@ COMPILED = "torch.compile"
 """The host's name for its wrapper of a model that is compiled."""
 
 
-class GraphsError(ValueError):
+class GraphsError(ZeroConvError):
     """A switch that cannot be meant."""
 
 

@@ -51,6 +51,11 @@ class NetworkControl(Control):
         self.copy_to(c)
         return c
 
+    @property
+    def hint_channels(self) -> int:
+        """Channels of the hint that it takes; 1 is the mean of a picture's."""
+        return self.network.hint_channels
+
     def get_models(self) -> list[Any]:
         """The host loads these with the model."""
         return [*super().get_models(), self.patcher]

@@ -75,7 +75,7 @@ def sample(executor: Any, call: inspect.BoundArguments) -> Any:
     finally:  # the host ends controls too, but not after an exception or Cancel
         for control in controls(guider.conds):
             if hasattr(control, "expect"):
-                control.cleanup()
+                control.let_go()
 
 
 def begin(arguments: dict[str, Any], guider: Any) -> None:
