@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -81,7 +81,7 @@ class Strength:
         """
         weights = (1.0,) * (skips + 1) if self.block_weights is None else self.block_weights.weights(skips)
         resolution = latent_height if self.guidance == "cfg_resolution" else None
-        return ControlScales(tuple(value * weight for weight in weights), resolution, mask)
+        return ControlScales(weights, resolution, mask).times(value)
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,20 @@ class ControlScales:
     weights: tuple[float, ...]
     resolution: int | None = None
     mask: Tensor | None = None
-    _fitted: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _fitted: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def times(self, value: float) -> ControlScales:
+        """The same with every weight times `value`; a mask is fitted to each size once for all that come of it."""
+        return replace(self, weights=tuple(value * weight for weight in self.weights))
 
     def scaled(self, i: int, residual: Tensor) -> Tensor | None:
-        """`residual` (B,C,h,w) of block i times its weight, a fresh tensor; `None` where that is 0."""
+        """`residual` (B,C,h,w) of block i times its weight: itself where that is 1, `None` where it is 0."""
         weight = self.weights[i]
         if self.resolution is not None:
             weight *= self.resolution / residual.shape[2]
         if weight == 0:
             return None
-        scaled = residual * weight
+        scaled = residual if weight == 1 else residual * weight
         if self.mask is None:
             return scaled
         size = tuple(residual.shape[2:])  # the same for many: a ControlLLLite has over a hundred layers

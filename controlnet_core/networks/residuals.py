@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layers import repeated
+
 
 @dataclass(frozen=True)
 class Residuals:
@@ -57,6 +59,10 @@ class Residuals:
             return (None if tensor is None else f(i, tensor) for i, tensor in enumerate(tensors))
 
         return Residuals.of(each(self), each(self.encoder))
+
+    def repeated(self, samples: int) -> Residuals:
+        """Each residual over and over, for so many samples; as it is where it has as many."""
+        return self.mapped(lambda _, residual: repeated(residual, samples))
 
     def pooled(self) -> Residuals:
         """Each residual's mean over its pixels, all over its size: shuffle (ControlNet-v1-1-nightly, README)."""

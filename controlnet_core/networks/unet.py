@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import injection
-from .layers import Block, Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding
+from .layers import Block, Downsample, ResBlock, SpatialTransformer, Upsample, add, timestep_embedding
 from .residuals import Residuals
 
 
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"this UNet takes a pooled vector y of {self.config.adm_in_channels} numbers (SDXL), found none"
             )
-        return emb + self.label_emb(y.to(x.dtype))
+        return add(emb, self.label_emb(y.to(x.dtype)))
 
 
 class UNet(Encoder):

@@ -42,7 +42,8 @@ class Call:
     """One call of the UNet, cut down to the samples that this control acts on, at strength `value`.
 
     `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size one after the other, such as the halves of guidance:
-    those numbered `halves` of the whole call, whose samples are `piece`. `options` are the host's for this call.
+    those numbered `halves` of the whole call, whose samples are `piece`. Of x and t the first `distinct` are enough:
+    what follows repeats them. `options` are the host's for this call.
     """
 
     x: Tensor
@@ -50,6 +51,7 @@ class Call:
     cond: dict[str, Any]
     halves: tuple[int, ...]
     piece: Piece
+    distinct: int
     options: dict[str, Any]
     value: float
 
@@ -206,7 +208,8 @@ class Control(comfy.controlnet.ControlNet):
         self._original_hint()  # says at once when there is none
         self._strength = self.full_strength()
         self._model_config = self.check_fits(model)
-        self._off = self._strength.off or not any(self._scales(1.0, (8, 8), None).weights)
+        weights = self._strength.scales(1.0, len(self._model_config.skip_channels), 8).weights
+        self._off = self._strength.off or not any(weights)
         self._percent_to_sigma = percent_to_timestep_function
         self.sub_idxs = self.full_latent_length = self.context_length = None
 
@@ -246,12 +249,18 @@ class Control(comfy.controlnet.ControlNet):
         value = self._value(options, t) if halves else 0.0
         if value == 0.0:
             return None
-        piece = parts(x.shape[0], batched_number, halves, self._frames(options), _tiles(x, t, batched_number, options))
+        tiles = _tiles(x, t, batched_number, options)
+        piece = parts(x.shape[0], batched_number, halves, self._frames(options), tiles)
         cond = {
             key: piece.take(value) if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
         }
-        return Call(piece.take(x), piece.take(t), cond, halves, piece, options, value)
+        x, t, whole = piece.take(x), piece.take(t), (len(x) // batched_number, *x.shape[1:])
+        distinct = len(x) // len(halves)
+        # The host gives one latent to all conds. Where nobody tells that this is what they have, not a part of it each,
+        # looking is cheap on the CPU alone: a GPU would have to finish first.
+        alike = options.get(run.LATENT) == whole or (repeats(x, distinct) and repeats(t, distinct))
+        return Call(x, t, cond, halves, piece, distinct if tiles == 1 and alike else len(x), options, value)
 
     def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
         """The strength of this call, 0 when nothing acts."""
@@ -291,8 +300,7 @@ class Control(comfy.controlnet.ControlNet):
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
-        scaled = self._scales(call.value, call.size, self._mask(call)).apply(self._residuals(call))
-        residuals = scaled.mapped(lambda _, residual: call.piece.scatter(residual))
+        residuals = self._residuals(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
@@ -302,9 +310,24 @@ class Control(comfy.controlnet.ControlNet):
             residuals = before + residuals
         return injection.as_host_control(residuals, shapes)
 
-    def _scales(self, value: float, size: tuple[int, int], mask: Tensor | None) -> ControlScales:
+    def _in_batch(self, call: Call, part: Tensor) -> Tensor:
+        """The residual of the samples that control acts on, with zeros for the others of the call."""
+        if call.piece.whole:
+            return part
+        key = ("zeros", part.shape[1:], part.dtype, part.device)
+        zeros = self._kept.get(key, lambda: part.new_zeros(1, *part.shape[1:]))
+        return call.piece.scatter(part, zeros.expand(call.piece.samples, *part.shape[1:]))
+
+    def _scales(self, call: Call) -> ControlScales:
+        """What multiplies the residuals of this call; but for its value it is made once a run for each piece."""
         assert self._model_config is not None
-        return self._strength.scales(value, len(self._model_config.skip_channels), size[0], mask)
+        skips, hint = len(self._model_config.skip_channels), None if self._strength.mask is None else self._hint(call)
+        scales = self._kept.get(
+            ("scales", call.size, call.piece, hint and hint.key),
+            lambda: self._strength.scales(1.0, skips, call.size[0], self._mask(call)),
+            hint and hint.alive,
+        )
+        return scales.times(call.value)
 
     def _original_hint(self) -> Tensor:
         """The hint at its own size, (B,C,H,W)."""
@@ -385,8 +408,8 @@ class Control(comfy.controlnet.ControlNet):
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
-    def _residuals(self, call: Call) -> Residuals:
-        """The residuals of this call at strength 1."""
+    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
+        """The residuals of this call, multiplied by `scales`."""
         raise NotImplementedError
 
 
@@ -396,6 +419,11 @@ def _held(shapes: Sequence[tuple[int, ...]], frames: int) -> int:
     What it needs while it runs it gives back before the UNet takes as much or more.
     """
     return 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
+
+
+def repeats(tensor: Tensor, rows: int) -> bool:
+    """Whether it is known that `tensor` repeats its first `rows` all over: what lies on the CPU is compared."""
+    return len(tensor) <= rows or (tensor.device.type == "cpu" and torch.equal(tensor[rows:], tensor[:-rows]))
 
 
 def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:

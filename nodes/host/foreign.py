@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.configuration import ConfigurationError, describe_mismatch, read_unet_config
 from ...controlnet_core.networks.residuals import Residuals
@@ -91,7 +92,7 @@ class ForeignControl(Control):
                 raise ControlError(f"{self.name}: {mismatch}")
         return config
 
-    def _residuals(self, call: Call) -> Residuals:
+    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
         assert self._model_config is not None
         hint = self._hint(call)
         # It knows of no frames: what it is shown is for the samples of one part of the batch, in their order. One of
@@ -116,7 +117,7 @@ class ForeignControl(Control):
                 f"{self.name} hands out no residuals here, so that they cannot be dosed: use the apply node of the "
                 "pack that it comes from"
             )
-        return injection.from_host_control(control, len(self._model_config.skip_channels))
+        return scales.apply(injection.from_host_control(control, len(self._model_config.skip_channels)))
 
 
 def _config_of(network: torch.nn.Module) -> UNetConfig | None:

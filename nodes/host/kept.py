@@ -1,4 +1,4 @@
-"""What a run has computed of hints and keeps for its next steps, within bounds."""
+"""What a run has computed of hints and masks and keeps for its next steps, within bounds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks.residuals import Residuals
 
 LIMIT = 512 * 2**20
@@ -42,7 +43,9 @@ def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     parts: Iterable[Any] = ()
-    if isinstance(value, Residuals):
+    if isinstance(value, ControlScales):
+        parts = () if value.mask is None else (value.mask,)
+    elif isinstance(value, Residuals):
         parts = (*value, *value.encoder)
     elif isinstance(value, dict):
         parts = value.values()

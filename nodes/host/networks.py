@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.files.loading import LoadedControl
 from ...controlnet_core.networks.control_lora import ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
@@ -16,12 +17,16 @@ from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES, UnionControlNet
-from .control import Call, Control, ControlError, Hint
+from .control import Call, Control, ControlError, Hint, repeats
 from .models import on_device, unet_config
 from .resize import resize
 
 ENCODED_PIXELS = 2 * 512 * 512
 """Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
+
+
+Inputs = tuple[Tensor | None, ...]
+"""What a network's forward takes, on its device and in the dtype that it computes in."""
 
 
 class NetworkControl(Control):
@@ -113,23 +118,43 @@ class ControlNetControl(NetworkControl):
         """Whether control acts on the conditional half of guidance alone."""
         return self.global_average_pooling or super().one_sided
 
-    def _residuals(self, call: Call) -> Residuals:
-        hint, guided_hint = self._encode(call)
-        residuals = self.network(*self._inputs(call, hint.of(call.piece, guided_hint)))
-        return residuals.pooled() if self.global_average_pooling else residuals
+    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
+        return self._run(self._inputs(call), scales, len(call.x))
 
-    def _inputs(self, call: Call, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
-        """What a ControlNet's forward takes."""
+    def _run(self, inputs: Inputs, scales: ControlScales, samples: int) -> Residuals:
+        """One pass of the network, from its inputs to weighed residuals for so many samples.
+
+        It depends on these alone. Inputs of fewer samples count as repeated, and so do residuals.
+        """
+        residuals = self.network(*inputs).repeated(samples)
+        return scales.apply(residuals.pooled() if self.global_average_pooling else residuals)
+
+    def _inputs(self, call: Call) -> Inputs:
+        """What the network's forward takes; what is the same in both halves of guidance, once."""
         place: dict[str, Any] = {"device": call.x.device, "dtype": self.compute_dtype}
-        context = call.cond.get("crossattn_controlnet", call.cond["c_crossattn"])
-        y = call.cond.get("y")
+        x, t, once = call.x[: call.distinct], call.t[: call.distinct], call.distinct
+        guided_hint = self._guided_hint(call)
+        texts = [call.cond.get("crossattn_controlnet", call.cond["c_crossattn"]), call.cond.get("y")]
+        # The same prompt for both halves: the same residuals.
+        if len(guided_hint) <= once and all(text is None or repeats(text, once) for text in texts):
+            texts = [None if text is None else text[:once] for text in texts]
+        context, y = (None if text is None else text.to(**place) for text in texts)
         return (
-            self._sampling.calculate_input(call.t, call.x).to(**place),
-            self._sampling.timestep(call.t).to(call.x.device, torch.float32),  # bf16 has no number for most timesteps
-            context.to(**place),
+            self._sampling.calculate_input(t, x).to(**place),
+            self._sampling.timestep(t).to(x.device, torch.float32),  # bf16 has no number for most timesteps
+            context,
             guided_hint,
-            None if y is None else y.to(**place),
+            y,
         )
+
+    def _guided_hint(self, call: Call) -> Tensor:
+        """The guided hint of each of the samples that differ, or a single one for all of them."""
+        return self._of_samples(call, *self._encode(call))
+
+    def _of_samples(self, call: Call, hint: Hint, made: Tensor) -> Tensor:
+        """What was made of a hint, for each of the samples; for those that differ, where it goes by frames alone."""
+        found = hint.of(call.piece, made)
+        return found if hint.count is None else found[: call.distinct]
 
 
 class ControlLoraControl(ControlNetControl):
@@ -207,12 +232,20 @@ class UnionControl(ControlNetControl):
         # In the authors' network the pictures of a batch see each other: a window must not change what they see.
         return super()._numbers(call, count) if self.type_number is None else tuple(range(count))
 
-    def _residuals(self, call: Call) -> Residuals:
-        types = [control.type_number for control, _ in self._acting if control.type_number is not None]
-        return self.network(*self._inputs(call, self._guided_hint(call, types)), types=types)
+    @property
+    def _types(self) -> tuple[int, ...]:
+        """The types of the hints that act now."""
+        return tuple(control.type_number for control, _ in self._acting if control.type_number is not None)
 
-    def _guided_hint(self, call: Call, types: list[int]) -> Tensor:
-        """The hints of those that act now, fused, for each sample; kept as long as nothing in it changes."""
+    def _inputs(self, call: Call) -> Inputs:
+        x, *inputs = super()._inputs(call)
+        types = self._types
+        key = ("types", types, x.device, x.dtype)
+        return (x, *inputs, self._kept.get(key, lambda: self.network.embed_types(types, x)))
+
+    def _guided_hint(self, call: Call) -> Tensor:
+        """The hints of those that act now, fused; kept as long as nothing in it changes."""
+        types = self._types
         hints, features = zip(*(control._encode(call) for control, _ in self._acting), strict=True)
         if len({len(feature) for feature in features} - {1}) > 1:
             raise ControlError(
@@ -221,11 +254,11 @@ class UnionControl(ControlNetControl):
             )
         largest = max(range(len(features)), key=lambda i: len(features[i]))
         if not types:
-            return hints[largest].of(call.piece, features[largest])
+            return self._of_samples(call, hints[largest], features[largest])
         strengths = [value for _, value in self._acting]
         key = (tuple(id(feature) for feature in features), tuple(strengths))
         fused = self._kept.get(key, lambda: self.network.fuse(features, types, strengths), features)
-        return hints[largest].of(call.piece, fused)
+        return self._of_samples(call, hints[largest], fused)
 
 
 class AdapterControl(NetworkControl):
@@ -236,10 +269,16 @@ class AdapterControl(NetworkControl):
     def _joined(self, parts: list[Residuals]) -> Residuals:
         return Residuals.cat(parts)
 
-    def _residuals(self, call: Call) -> Residuals:
+    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
         hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        return encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
+        residuals = encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
+
+        def scaled(i: int, residual: Tensor) -> Tensor | None:
+            found = scales.scaled(i, residual)
+            return residual.clone() if found is residual else found  # others may change what they are given
+
+        return residuals.mapped(scaled)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
