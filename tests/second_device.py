@@ -31,8 +31,10 @@ NAME = "second"
 PACK = Path(__file__).resolve().parent.parent
 OURS = tuple(str(PACK / part) for part in ("nodes", "controlnet_core", "annotators", "lab"))
 
-MOVES = {"aten::_to_copy", "aten::copy_"}
-READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"}
+MOVES = {"aten::_to_copy", "aten::copy_", "aten::to", "aten::type_as"}
+"""Operations are as autograd sees them or, within inference_mode, as they are written."""
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero"}
+POOLS = {"aten::_adaptive_avg_pool2d", "aten::adaptive_avg_pool2d"}
 WIDE = {torch.float64, torch.complex128}
 """What MPS has no numbers for."""
 
@@ -108,7 +110,10 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return Second(args[0].inner)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
+    if target is None and name in MOVES and len(tensors) > 1:
+        target = tensors[0 if name == "aten::copy_" else 1].device
     on_second = any(map(there, tensors)) if target is None else target.type == NAME
+    moved = name in MOVES and name != "aten::copy_" and there(args[0]) != on_second
     _check(name, args, tensors)
     _count(name, args, tensors, on_second)
     given = {id(tensor.inner if there(tensor) else tensor): tensor for tensor in reversed(tensors)}
@@ -121,8 +126,10 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     def placed(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if id(value) in given:  # changed in place
-            return given[id(value)]
+        if id(value) in given:  # changed in place, or as it was
+            if not moved:
+                return given[id(value)]
+            value = value.clone()
         return Second(value) if on_second else value
 
     args, kwargs = pytree.tree_map(plain, (args, kwargs))
@@ -140,7 +147,7 @@ def _check(name: str, args: tuple, tensors: list[Tensor]) -> None:
     elif name not in MOVES and len({there(tensor) for tensor in tensors if tensor.dim() or there(tensor)}) > 1:
         found = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise DeviceError(f"{name}: tensors of two devices: {found}")
-    if name == "aten::_adaptive_avg_pool2d" and there(args[0]):
+    if name in POOLS and there(args[0]):
         sizes = [(max(pair), min(pair)) for pair in zip(args[0].shape[-2:], args[1])]
         if any(large % small for large, small in sizes):
             raise DeviceError(f"MPS cannot pool {tuple(args[0].shape)} to {tuple(args[1])}: sizes must divide")
@@ -150,10 +157,9 @@ def _count(name: str, args: tuple, tensors: list[Tensor], on_second: bool) -> No
     if not _listening:
         return
     if name in MOVES:
-        source = args[1] if name == "aten::copy_" else args[0]
-        destination = there(args[0]) if name == "aten::copy_" else on_second
-        if there(source) != destination:
-            _tell("upload" if destination else "read", name, source)
+        source = args[1 if name == "aten::copy_" else 0]
+        if there(source) != on_second:
+            _tell("upload" if on_second else "read", name, source)
     elif name.startswith("aten::index") and there(args[0]):
         for tensor in tensors[1:]:
             if not there(tensor) and tensor.dim():
