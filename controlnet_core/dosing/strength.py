@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ..errors import ZeroConvError
@@ -126,7 +126,7 @@ class ControlScales:
             return scaled
         size = tuple(residual.shape[2:])  # the same for many: a ControlLLLite has over a hundred layers
         if size not in self._fitted:
-            self._fitted[size] = F.interpolate(self.mask.to(residual), size=size, mode="area")
+            self._fitted[size] = averaged(self.mask.to(residual), *size)
         return scaled * self._fitted[size]
 
     def apply(self, residuals: Residuals) -> Residuals:
@@ -134,3 +134,20 @@ class ControlScales:
         if len(residuals) != len(self.weights):
             raise StrengthError(f"{len(residuals)} residuals need as many block weights, found {len(self.weights)}")
         return residuals.mapped(self.scaled)
+
+
+def averaged(mask: Tensor, height: int, width: int) -> Tensor:
+    """`mask` (B,1,H,W) as (B,1,height,width), each number the mean of the pixels that its place covers, even in part.
+
+    torch's adaptive pooling ("area") by two products of matrices: Apple's MPS pools only to sizes that divide.
+    """
+    rows, columns = (_shares(size, count, mask) for size, count in zip(mask.shape[2:], (height, width), strict=True))
+    return rows @ mask @ columns.T
+
+
+def _shares(size: int, count: int, like: Tensor) -> Tensor:
+    """The share (count, size) of each of `size` pixels in `count` means; made where `like` is."""
+    pixels, places = (torch.arange(n, device=like.device) for n in (size, count))
+    first, end = places * size // count, ((places + 1) * size + count - 1) // count
+    covered = (pixels >= first[:, None]) & (pixels < end[:, None])
+    return (covered / covered.sum(1, keepdim=True)).to(like.dtype)

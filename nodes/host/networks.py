@@ -29,6 +29,10 @@ ENCODED_PIXELS = 2 * 512 * 512
 """Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
 
 
+TEXTS = 8
+"""Texts of a run that stay on the device for its next steps: one or two a prompt, more where prompts have areas."""
+
+
 Inputs = tuple[Tensor | None, ...]
 """What a network's forward takes, on its device and in the dtype that it computes in."""
 
@@ -118,6 +122,7 @@ class ControlNetControl(NetworkControl):
         self._sampling: Any = None
         self._weights: graphs.Weights | None = None
         self._runs_beside: graphs.Beside | None = None
+        self._texts: list[tuple[Tensor, Tensor]] = []
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run."""
@@ -170,7 +175,7 @@ class ControlNetControl(NetworkControl):
         # The same prompt for both halves: the same residuals.
         if len(guided_hint) <= once and all(text is None or repeats(text, once) for text in texts):
             texts = [None if text is None else text[:once] for text in texts]
-        context, y = (None if text is None else text.to(**place) for text in texts)
+        context, y = (None if text is None else self._moved(text, place) for text in texts)
         return (
             self._sampling.calculate_input(t, x).to(**place),
             self._sampling.timestep(t).to(x.device, torch.float32),  # bf16 has no number for most timesteps
@@ -178,6 +183,16 @@ class ControlNetControl(NetworkControl):
             guided_hint,
             y,
         )
+
+    def _moved(self, text: Tensor, place: dict[str, Any]) -> Tensor:
+        """`text` where the network is; the host gives it on the CPU at every call, and what stays is moved once."""
+        if text.device == place["device"]:
+            return text.to(**place)
+        for given, moved in self._texts:
+            if given.device == text.device and torch.equal(given, text):
+                return moved
+        self._texts = [(text.clone(), text.to(**place)), *self._texts[: TEXTS - 1]]
+        return self._texts[0][1]
 
     def _guided_hint(self, call: Call) -> Tensor:
         """The guided hint of each of the samples that differ, or a single one for all of them."""
@@ -281,6 +296,7 @@ class UnionControl(ControlNetControl):
 
     def _inputs(self, call: Call) -> Inputs:
         x, *inputs = super()._inputs(call)
+        assert x is not None
         types = self._types
         key = ("types", types, x.device, x.dtype)
         return (x, *inputs, self._kept.get(key, lambda: self.network.embed_types(types, x)))
