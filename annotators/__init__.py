@@ -115,6 +115,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("drawings:scribble_xdog", "balance"),
     ("drawings:cartoon_lines", "balance"),
     ("superpixels:superpixels", "merge"),
+    # by networks, what came later
+    ("hed:teed", "safe"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 

@@ -17,7 +17,7 @@ from .keypoints import OPENPOSE_JOINTS
 SCORES: dict[str, tuple[str, ...]] = {
     "edges": (
         "canny", "hough_lines", "lsd", "hed", "mlsd", "scribble_xdog", "scribble_hed", "lineart_standard",
-        "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime",
+        "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime", "teed",
     ),
     "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe"),
     "normals": ("normal_midas", "normal_moge"),

@@ -88,6 +88,13 @@ NETWORKS: tuple[Network, ...] = (
         _annotators("netG.pth", 217_631_959, "ccabdcc3f5cf3c07cf65d58776acb21df7dfda825cdc70c9766a93fd62bfc488"),
         "MIT (Mukosame/Anime2Sketch)",
     ),
+    # Published as MIT; BIPED, on which it was trained, is offered for research.
+    Network(
+        "teed",
+        "teed:build",
+        (File("fal/teed", "5_model.pth", 248_000),),
+        "MIT (xavysp/TEED)",
+    ),
     # -- depth, normals and segments ---------------------------------------------------------------------------------
     Network(
         "dpt_large",

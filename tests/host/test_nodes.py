@@ -28,6 +28,7 @@ MEASURED = """
     human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style
     human_pose_xinsir_sticks tile_halvings blur_sigma luminance_gamma intensity_gamma
     hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
+    teed_safe
 """
 """Parameters of the annotators that results are measured with."""
 CONTRACT = {
@@ -102,6 +103,7 @@ CONTRACT = {
             "pose_threshold",
             *("depth_large_range", "depth_small_range", "depth_anything_range", "depth_zoe_range"),
             *("hough_lines_agreement", "scribble_xdog_balance", "cartoon_lines_balance", "superpixels_merge"),
+            "teed_safe",
             *("mask", "pose_keypoints"),
         ],
         ["hint", "pose_keypoints"],
