@@ -117,6 +117,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("superpixels:superpixels", "merge"),
     # by networks, what came later
     ("hed:teed", "safe"),
+    ("pose:dwpose", "detection_threshold", "keypoint_threshold", "body", "hands", "face", "xinsir_sticks"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 

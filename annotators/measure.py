@@ -22,7 +22,7 @@ SCORES: dict[str, tuple[str, ...]] = {
     "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe"),
     "normals": ("normal_midas", "normal_moge"),
     "segments": ("segments_ade20k", "segments_coco", "threshold"),
-    "pose": ("human_pose",),
+    "pose": ("human_pose", "dwpose"),
     "picture": ("superpixels", "tile", "blur", "luminance", "intensity", "color"),
 }  # fmt: skip
 """Annotators by the score that fits them."""

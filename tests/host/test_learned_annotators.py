@@ -30,6 +30,7 @@ from zeroconv.annotators.networks import NETWORKS, File, Network, moge
 from zeroconv.benchmarks import weights
 
 from ..annotators import pretrained_tiny as tiny
+from ..annotators import scripted_tiny
 from ..annotators.loopback_hub import LoopbackHub, loopback_hub, set_offline
 from ..annotators.test_moge import settings
 
@@ -80,6 +81,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "lineart_realistic": lambda folder: weights.write(folder, ["sk_model.pth"]),
     "lineart_coarse": lambda folder: weights.write(folder, ["sk_model2.pth"]),
     "lineart_anime": anime,
+    "teed": lambda folder: weights.write(folder, ["5_model.pth"]),
     "dpt_large": lambda folder: tiny.dpt(folder, hybrid=False),
     "dpt_hybrid": lambda folder: tiny.dpt(folder, hybrid=True),
     "depth_anything_v2_small": tiny.depth_anything,
@@ -89,6 +91,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "oneformer_coco": oneformer_coco,
     "person_detector": tiny.person_detector,
     "pose_estimator": tiny.pose_estimator,
+    "whole_pose_estimator": scripted_tiny.whole_pose,
 }
 """By the name of a network, what writes its files, seeded and small, into an empty folder."""
 

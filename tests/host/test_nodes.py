@@ -29,6 +29,8 @@ MEASURED = """
     human_pose_xinsir_sticks tile_halvings blur_sigma luminance_gamma intensity_gamma
     hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
     teed_safe
+    dwpose_detection_threshold dwpose_keypoint_threshold dwpose_body dwpose_hands dwpose_face
+    dwpose_xinsir_sticks
 """
 """Parameters of the annotators that results are measured with."""
 CONTRACT = {
@@ -104,6 +106,8 @@ CONTRACT = {
             *("depth_large_range", "depth_small_range", "depth_anything_range", "depth_zoe_range"),
             *("hough_lines_agreement", "scribble_xdog_balance", "cartoon_lines_balance", "superpixels_merge"),
             "teed_safe",
+            *("dwpose_detection_threshold", "dwpose_keypoint_threshold"),
+            *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
             *("mask", "pose_keypoints"),
         ],
         ["hint", "pose_keypoints"],
