@@ -111,7 +111,7 @@ def their_teed(folder: Path, device: str) -> Run:
     """Their TEED, which knows no name of a file and no size but the picture's."""
     from controlnet_aux import TEEDdetector
 
-    made = TEEDdetector.from_pretrained(str(folder), *TEED).to(device)
+    made: Any = TEEDdetector.from_pretrained(str(folder), *TEED).to(device)
     return lambda image: made(image, detect_resolution=min(image.shape[:2]), output_type="np")
 
 

@@ -204,6 +204,16 @@ NETWORKS: tuple[Network, ...] = (
         ),
         "MIT",
     ),
+    # SA-1B, a part of what it was trained on, is offered for research.
+    Network(
+        "sam2_tiny",
+        "sam2:build",
+        (
+            File("facebook/sam2.1-hiera-tiny", "config.json", 2_000),
+            File("facebook/sam2.1-hiera-tiny", "model.safetensors", 156_000_000),
+        ),
+        "Apache-2.0",
+    ),
     # -- pose --------------------------------------------------------------------------------------------------------
     Network(
         "person_detector",

@@ -35,12 +35,12 @@ PUPILS = ("right_eye", "left_eye")
 
 def build_detector(config: Path, weights: Path) -> nn.Module:
     """RT-DETR of its config.json and model.safetensors: eval, fp32, on the CPU. Raises AnnotatorError."""
-    return _build("RTDetr", "ForObjectDetection", config, weights)
+    return pretrained.build(*pretrained.classes("RTDetrForObjectDetection", "RTDetrConfig", "4.48"), config, weights)
 
 
 def build_estimator(config: Path, weights: Path) -> nn.Module:
     """ViTPose of its config.json and model.safetensors: eval, fp32, on the CPU. Raises AnnotatorError."""
-    return _build("VitPose", "ForPoseEstimation", config, weights)
+    return pretrained.build(*pretrained.classes("VitPoseForPoseEstimation", "VitPoseConfig", "4.48"), config, weights)
 
 
 def build_whole_estimator(path: Path) -> nn.Module:
@@ -220,15 +220,3 @@ def _check(answer: Tensor, network: str, dtype: torch.dtype) -> None:
     """Numbers that are none must not pass for nobody."""
     if not torch.isfinite(answer).all():
         raise AnnotatorError(f"{network}'s answer in {dtype} has numbers that are not finite: run it in torch.float32")
-
-
-def _build(family: str, task: str, config: Path, weights: Path) -> nn.Module:
-    import transformers
-
-    if not hasattr(transformers, family + task):
-        raise AnnotatorError(
-            f"transformers {transformers.__version__} has no {family}: update it with "
-            "`python -m pip install --upgrade transformers`; 4.48 and newer have it"
-        )
-    kind, settings = getattr(transformers, family + task), getattr(transformers, family + "Config")
-    return pretrained.build(kind, settings, config, weights)

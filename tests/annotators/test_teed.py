@@ -58,7 +58,7 @@ def test_soft_edges_agree_with_controlnet_aux(
 
     load("teed", tmp_path)
     image = photograph(*size)
-    detector = TEEDdetector.from_pretrained(str(tmp_path), "5_model.pth")
+    detector: Any = TEEDdetector.from_pretrained(str(tmp_path), "5_model.pth")
     reference = detector(image, min(size), safe_steps=2 if safe else 0, output_type="np").astype(np.float32)
     # They cut off what is behind the point of 0..255; we do not.
     assert_agrees(hint_of("teed", networks, image, safe=safe), reference, levels=1.0)

@@ -108,6 +108,7 @@ CONTRACT = {
             "teed_safe",
             *("dwpose_detection_threshold", "dwpose_keypoint_threshold"),
             *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
+            *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
             *("mask", "pose_keypoints"),
         ],
         ["hint", "pose_keypoints"],
