@@ -120,7 +120,7 @@ def _read(
     given: dict[str, Any] = {}
     if annotator.reads_mask:
         if mask is None:
-            raise AnnotatorError("found no mask: connect one, white where to paint anew")
+            raise AnnotatorError("found no mask: connect one, white where to paint anew, or on what to mark")
         given["mask"] = fit_mask(mask, size[0], size[1])
     if annotator.reads_pose:
         if frame is None:

@@ -30,6 +30,9 @@ MEASURED = """
     human_pose_xinsir_sticks tile_halvings blur_sigma luminance_gamma intensity_gamma
     hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
     blur_kind threshold_around
+    teed_safe
+    dwpose_detection_threshold dwpose_keypoint_threshold dwpose_body dwpose_hands dwpose_face
+    dwpose_xinsir_sticks
 """
 """Parameters of the annotators that results are measured with."""
 CONTRACT = {
@@ -105,6 +108,10 @@ CONTRACT = {
             *("depth_large_range", "depth_small_range", "depth_anything_range", "depth_zoe_range"),
             *("hough_lines_agreement", "scribble_xdog_balance", "cartoon_lines_balance", "superpixels_merge"),
             *("blur_kind", "threshold_around"),
+            "teed_safe",
+            *("dwpose_detection_threshold", "dwpose_keypoint_threshold"),
+            *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
+            *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
             *("mask", "pose_keypoints", "latent"),
         ],
         ["hint", "pose_keypoints"],
