@@ -23,6 +23,11 @@ def of_file(path: Path) -> str:
     return found.hexdigest()
 
 
+def of_bytes(data: bytes) -> str:
+    """The checksum of bytes."""
+    return blake2b(data, digest_size=BITS // 8).hexdigest()
+
+
 def of_tensors(tensors: State) -> str:
     """The checksum of tensors on the CPU: of their names, types, shapes and numbers, in whatever order."""
     found = blake2b(digest_size=BITS // 8)
