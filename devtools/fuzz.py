@@ -41,6 +41,8 @@ from ..controlnet_core.files.loading import load_control, read_weights
 from ..controlnet_core.files.saving import to_file, write
 from ..controlnet_core.networks.controlnet import ControlNet
 from ..controlnet_core.networks.lite import ControlNetLite
+from ..controlnet_core.networks.lllite import ControlLLLite, LLLite
+from ..controlnet_core.networks.t2i_adapter import AdapterConfig, T2IAdapter
 from ..controlnet_core.networks.unet import UNetConfig
 from ..controlnet_core.networks.union import UnionControlNet
 from ..controlnet_core.training import checkpoint
@@ -60,6 +62,9 @@ SMALL = UNetConfig(
 )
 
 
+LLLITE = "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+
+
 class Hang(BaseException):
     """The alarm: nothing that catches errors catches it."""
 
@@ -77,7 +82,13 @@ class Format:
 
 def _controls() -> dict[str, Mapping[str, Any]]:
     torch.manual_seed(0)
-    networks = {"controlnet": ControlNet(SMALL), "lite": ControlNetLite(SMALL), "union": UnionControlNet(SMALL)}
+    networks = {
+        "controlnet": ControlNet(SMALL),
+        "lite": ControlNetLite(SMALL),
+        "union": UnionControlNet(SMALL),
+        "adapter": T2IAdapter(AdapterConfig((32, 64, 64, 64), blocks=1)),
+        "lllite": ControlLLLite({LLLITE: LLLite(64, 8, 8, 1, False)}),
+    }
     return {name: to_file(network, dtype=torch.float16)[0] for name, network in networks.items()}
 
 
