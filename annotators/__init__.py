@@ -115,6 +115,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("drawings:scribble_xdog", "balance"),
     ("drawings:cartoon_lines", "balance"),
     ("superpixels:superpixels", "merge"),
+    ("colour:blur", "kind"),
+    ("drawings:threshold", "around"),
+    ("drawings:invert",),
     # by networks, what came later
     ("hed:teed", "safe"),
     ("pose:dwpose", "detection_threshold", "keypoint_threshold", "body", "hands", "face", "xinsir_sticks"),

@@ -15,6 +15,8 @@ XDOG_RATIO = 1.6
 LINE_SHARPNESS = 30.0
 AROUND = 30.0
 """Pixels of the Gaussian that says how much contrast there is about a place."""
+UNDER_MEAN = 10
+"""Grey levels of 255 that a pixel must be below the mean around it to be black: more than paper's grain."""
 CONTRAST = 48 / 255
 """Contrast, as a standard deviation, below which a place is faint: about that of a photograph's ordinary parts."""
 
@@ -87,14 +89,28 @@ def cartoon_lines(
     return np.repeat(lines[:height, :across, None], 3, axis=2)
 
 
-def threshold(image: np.ndarray, level: int = 100) -> np.ndarray:
+def invert(image: np.ndarray) -> np.ndarray:
+    """A drawing (H,W,3), 0..1, dark on light, as lineart controls want it: (H,W,3) float32, light on dark.
+
+    Its shades stay (Mikubill/sd-webui-controlnet invert); `scribble` gives black and white.
+    """
+    return 1 - image
+
+
+def threshold(image: np.ndarray, level: int = 100, around: int = 0) -> np.ndarray:
     """Black and white, (H,W,3) float32: white where the grey picture is above `level` of 255.
 
-    0 lets Otsu's method choose the level (Fannovel16/comfyui_controlnet_aux binary).
+    0 lets Otsu's method choose the level (Fannovel16/comfyui_controlnet_aux binary). With `around` each pixel has a
+    level of its own instead: UNDER_MEAN below the mean of that many pixels around it, weighed by a Gaussian, so that
+    uneven light on a page does no harm (OpenCV adaptiveThreshold).
     """
     import cv2
 
     grey = cv2.cvtColor(to_bytes(image), cv2.COLOR_RGB2GRAY)
+    if around > 0:
+        side = 2 * max(around // 2, 1) + 1
+        how = cv2.ADAPTIVE_THRESH_GAUSSIAN_C
+        return _white_where(cv2.adaptiveThreshold(grey, 255, how, cv2.THRESH_BINARY, side, UNDER_MEAN) > 0)
     mode = cv2.THRESH_BINARY | (cv2.THRESH_OTSU if level == 0 else 0)
     return _white_where(cv2.threshold(grey, level, 255, mode)[1] > 0)
 
@@ -123,6 +139,7 @@ _BALANCE = Parameter(
 
 RECORDS = (
     Annotator("scribble", scribble),
+    Annotator("invert", invert),
     Annotator(
         "scribble_xdog",
         scribble_xdog,
@@ -149,6 +166,9 @@ RECORDS = (
     Annotator(
         "threshold",
         threshold,
-        (Parameter("level", "Grey levels above this become white; 0 chooses the level by itself.", 0, 255, 1),),
+        (
+            Parameter("level", "Grey levels above this become white; 0 chooses the level by itself.", 0, 255, 1),
+            Parameter("around", "Above 0: each pixel has a level of its own, from so many pixels around.", 0, 1000, 1),
+        ),
     ),
 )

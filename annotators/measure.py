@@ -28,6 +28,7 @@ SCORES: dict[str, tuple[str, ...]] = {
 """Annotators by the score that fits them."""
 UNMEASURED = {
     "scribble": "it reads drawings and a result is none: choose scribble_hed or scribble_xdog",
+    "invert": "it reads drawings and a result is none: choose one of the lineart annotators",
     "normal_from_depth": "it reads depth maps and a result is none: choose an annotator that finds normals",
     "inpaint": "it marks what is to be painted anew, which a result does not show",
     "segments_sam2": "its colours name nothing: choose segments_ade20k or segments_coco",

@@ -14,12 +14,16 @@ from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
 from ..annotators.keypoints import read_frames
-from ..annotators.pipeline import draw
+from ..annotators.pipeline import covering, draw
 from .host import annotators as host_annotators
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
+PIXEL_PERFECT = -1
+"""As `resolution`: that of the latent."""
+LATENT_CELL = 8
+"""Pixels of a side that one of a Stable Diffusion latent stands for."""
 AT_ONCE = 8 * 512**2
 """Pixels of the pictures that a network looks at together."""
 
@@ -43,10 +47,9 @@ class Annotate(io.ComfyNode):
                 io.Int.Input(
                     "resolution",
                     default=512,
-                    min=0,
+                    min=PIXEL_PERFECT,
                     max=8192,
-                    step=8,
-                    tooltip="Short side of the hint in pixels; 0 keeps the image's own size.",
+                    tooltip="Short side of the hint in pixels; 0 keeps the image's own size, and -1 covers the latent.",
                 ),
                 *(widget(annotator, parameter) for annotator, parameter in PARAMETERS),
                 io.Mask.Input(
@@ -57,6 +60,11 @@ class Annotate(io.ComfyNode):
                 ),
                 PoseKeypoint.Input(
                     "pose_keypoints", optional=True, tooltip="The people that pose draws; all others hand it on."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="What is sampled: the hint becomes as large where resolution is -1.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="hint"), PoseKeypoint.Output(display_name="pose_keypoints")],
@@ -71,12 +79,15 @@ class Annotate(io.ComfyNode):
         resolution: int,
         mask: torch.Tensor | None = None,
         pose_keypoints: Any = None,
+        latent: dict[str, Any] | None = None,
         **parameters: Any,
     ) -> io.NodeOutput:
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
         own = own_parameters(chosen, parameters)
         if len(image) == 0:
             raise AnnotatorError(f"image is an empty batch of shape {tuple(image.shape)}: connect at least one picture")
+        if resolution == PIXEL_PERFECT:
+            resolution = as_large(image, latent)
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
         masks = each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
         frames = (
@@ -107,6 +118,16 @@ class Annotate(io.ComfyNode):
         # What marks the masked pixels need not be a colour: the picture that is shown is clamped, the hint is not.
         shown = hints.clamp(0, 1) if chosen.reads_mask else hints
         return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))
+
+
+def as_large(image: torch.Tensor, latent: dict[str, Any] | None) -> int:
+    """The resolution at which images (B,H,W,C) cover the latent. Raises AnnotatorError where there is none."""
+    if latent is None:
+        raise AnnotatorError(
+            "resolution is -1, the latent's size, and found no latent: connect the one that is sampled"
+        )
+    height, width = (side * LATENT_CELL for side in latent["samples"].shape[-2:])
+    return covering(tuple(image.shape[1:3]), (height, width))
 
 
 def widget(annotator: Annotator, parameter: Parameter) -> Any:

@@ -1,5 +1,5 @@
-// On the nodes Annotate and MeasureControl only the parameters of the chosen annotator are shown. The others keep their values, are saved
-// and are sent as ever: hiding is all that happens here, and without this file the node works the same.
+// On the nodes Annotate and MeasureControl only the parameters of the chosen annotator are shown. The others keep their
+// values, are saved and are sent as ever: hiding is all that happens here, and without this file the nodes work the same.
 
 import { app } from "../../scripts/app.js";
 

@@ -8,7 +8,10 @@ import pytest
 from skimage import data
 
 from zeroconv.annotators import pipeline
-from zeroconv.annotators.images import AnnotatorError
+from zeroconv.annotators.colour import FLAT, blur
+from zeroconv.annotators.drawings import threshold
+from zeroconv.annotators.images import AnnotatorError, resize_short_side
+from zeroconv.annotators.pipeline import covering
 
 from .seeded import record
 
@@ -88,3 +91,62 @@ def test_normals_of_a_photograph_are_refused_and_those_of_a_depth_map_are_not(na
     unpacked = cv2.imdecode(packed, cv2.IMREAD_COLOR)
     assert unpacked is not None
     assert np.abs(hint("normal_from_depth", unpacked[:, :, ::-1]) - expected).mean() < 0.1
+
+
+def test_the_guided_filter_is_the_published_one():
+    """Of a grey picture: three channels that are one have a third of its bound for what is flat."""
+    grey = photograph("camera")[:256, 128:384, 0].astype(np.float32) / 255
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return cv2.blur(values, (15, 15), borderType=cv2.BORDER_REPLICATE)
+
+    middle = mean(grey)
+    spread = mean(grey * grey) - middle * middle
+    slope = spread / (spread + FLAT / 3)
+    expected = mean(slope) * grey + mean((1 - slope) * middle)
+    made = blur(np.repeat(grey[:, :, None], 3, axis=2), 7.0, "guided")
+    np.testing.assert_allclose(made, np.repeat(expected[:, :, None], 3, axis=2), atol=2e-3)
+
+
+def test_guided_and_median_blur_the_fur_and_keep_the_borders():
+    """Where the cat ends, and on its cheek: what a Gaussian of the same radius leaves of both."""
+    cat = photograph("chelsea").astype(np.float32) / 255
+    edges = cv2.Canny(cv2.GaussianBlur(photograph("chelsea"), (0, 0), 4.0), 50, 100) > 0
+    plain = cv2.dilate(edges.astype(np.uint8), np.ones((15, 15))) == 0
+
+    def steepness(picture: np.ndarray) -> float:
+        across = np.hypot(cv2.Sobel(picture, cv2.CV_32F, 1, 0), cv2.Sobel(picture, cv2.CV_32F, 0, 1))
+        return float(across.max(axis=2)[edges].mean())
+
+    def texture(picture: np.ndarray) -> float:
+        return float(cv2.Laplacian(picture, cv2.CV_32F)[plain].std())
+
+    soft = steepness(blur(cat, 6.0))
+    for kind in ("guided", "median"):
+        made = blur(cat, 6.0, kind)
+        assert steepness(made) > 1.3 * soft, kind
+        assert texture(made) < 0.6 * texture(cat), kind
+
+
+def test_a_page_in_uneven_light_is_read_to_its_corners():
+    page = photograph("page")
+    whole, local = (threshold(page, **given)[:, :, 0] for given in ({"level": 100}, {"around": 25}))
+    dark = np.s_[:, :40]
+    assert (whole[dark] == 0).mean() > 0.5  # the left rim is in the shade: all ink
+    assert 0.05 < (local[dark] == 0).mean() < 0.3
+    assert 0.05 < (local == 0).mean() < 0.3
+
+
+def test_a_drawing_is_inverted_with_its_shades():
+    page = photograph("page")
+    np.testing.assert_allclose(hint("invert", page, 0), 1 - page / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [(512, 512), (768, 512), (512, 904), (8, 2048)])
+def test_a_hint_just_covers_the_latent(target: tuple[int, int]):
+    for name in ("chelsea", "coffee", "rocket", "grass"):
+        picture = photograph(name)
+        made = resize_short_side(picture, covering(picture.shape[:2], target)).shape[:2]
+        smaller = resize_short_side(picture, covering(picture.shape[:2], target) - 1).shape[:2]
+        assert all(side >= wanted for side, wanted in zip(made, target))
+        assert any(side < wanted for side, wanted in zip(smaller, target))

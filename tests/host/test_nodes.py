@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hosting import Host
 
 from zeroconv.annotators.canny import canny
+from zeroconv.annotators.images import AnnotatorError
 
 DOSE = ["strength", "start", "end", "unit", "guidance", "resize"]
 EXTRAS = ["stack", "mask", "schedule", "block_weights"]
@@ -28,6 +29,7 @@ MEASURED = """
     human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style
     human_pose_xinsir_sticks tile_halvings blur_sigma luminance_gamma intensity_gamma
     hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
+    blur_kind threshold_around
     teed_safe
     dwpose_detection_threshold dwpose_keypoint_threshold dwpose_body dwpose_hands dwpose_face
     dwpose_xinsir_sticks
@@ -105,12 +107,13 @@ CONTRACT = {
             "pose_threshold",
             *("depth_large_range", "depth_small_range", "depth_anything_range", "depth_zoe_range"),
             *("hough_lines_agreement", "scribble_xdog_balance", "cartoon_lines_balance", "superpixels_merge"),
+            *("blur_kind", "threshold_around"),
             "teed_safe",
             *("dwpose_detection_threshold", "dwpose_keypoint_threshold"),
             *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
             *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
             "inpaint_lama_detail",
-            *("mask", "pose_keypoints"),
+            *("mask", "pose_keypoints", "latent"),
         ],
         ["hint", "pose_keypoints"],
     ),
@@ -204,6 +207,15 @@ def test_annotate_is_the_annotator_on_every_picture_of_a_batch(host: Host):
     for i in range(2):
         assert torch.equal(hint[i], torch.from_numpy(canny(images[i].numpy(), 20, 60)))
     assert keypoints == []
+
+
+def test_the_hint_is_as_large_as_the_latent(host: Host):
+    """The one side that fits exactly; what the other has too much is what `resize` crop takes away."""
+    values = {"image": picture(3, height=128, width=192), "annotator": "canny", "resolution": -1}
+    hint, _ = host.call("Annotate", **values, latent={"samples": torch.zeros(1, 4, 40, 32)})
+    assert hint.shape == (1, 320, 480, 3)
+    with pytest.raises(AnnotatorError, match="resolution is -1.*connect the one that is sampled"):
+        host.call("Annotate", **values)
 
 
 def test_resolution_is_the_hints_short_side(host: Host):
