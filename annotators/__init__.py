@@ -123,6 +123,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("pose:dwpose", "detection_threshold", "keypoint_threshold", "body", "hands", "face", "xinsir_sticks"),
     ("segments:segments_sam2", "points", "confidence", "colours", "seed"),
     ("segments:mask_sam2",),
+    ("inpaint:inpaint_lama", "detail"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 

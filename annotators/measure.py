@@ -33,6 +33,7 @@ UNMEASURED = {
     "inpaint": "it marks what is to be painted anew, which a result does not show",
     "segments_sam2": "its colours name nothing: choose segments_ade20k or segments_coco",
     "mask_sam2": "it marks what a mask points at, which a result does not show",
+    "inpaint_lama": "it fills what is to be painted anew, which a result does not show",
     "pose": "it draws keypoints and finds none: choose an annotator that finds people",
     "shuffle": "it keeps colours and leaves nothing where it was",
 }

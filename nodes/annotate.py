@@ -56,8 +56,8 @@ class Annotate(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The hint is kept where this is white, black elsewhere; inpaint: white is painted anew; "
-                    "mask_sam2: a dot on what to mark.",
+                    tooltip="The hint is kept where this is white, black elsewhere; inpaint: white is painted anew, or "
+                    "filled; mask_sam2: a dot on what to mark.",
                 ),
                 PoseKeypoint.Input(
                     "pose_keypoints", optional=True, tooltip="The people that pose draws; all others hand it on."

@@ -214,6 +214,21 @@ NETWORKS: tuple[Network, ...] = (
         ),
         "Apache-2.0",
     ),
+    # Published as Apache-2.0; Places2, on which it was trained, is offered for research.
+    Network(
+        "lama",
+        "lama:build",
+        (
+            File(
+                "signature-ai/big-lama",
+                "big-lama.pt",
+                205_669_692,
+                "344c77bbcb158f17dd143070d1e789f38a66c04202311ae3a258ef66667a9ea9",
+                program=True,
+            ),
+        ),
+        "Apache-2.0 (advimman/lama)",
+    ),
     # -- pose --------------------------------------------------------------------------------------------------------
     Network(
         "person_detector",

@@ -67,16 +67,7 @@ def find_whole(
 ) -> list[Person]:
     """As `find`, by DWPose: with hands of 21 points and faces of 70, or `None` for those of which it finds no point."""
     people = _found(detector, estimator, estimate_whole, image, detection_threshold, keypoint_threshold)
-    pupils = [OPENPOSE_JOINTS.index(eye) for eye in PUPILS]
-
-    def seen(part: np.ndarray | None) -> np.ndarray | None:
-        return part if part is not None and part[:, 2].any() else None
-
-    faces = [None if (face := seen(one.face)) is None else np.concatenate([face, one.body[pupils]]) for one in people]
-    return [
-        Person(one.body, seen(one.left_hand), seen(one.right_hand), face)
-        for one, face in zip(people, faces, strict=True)
-    ]
+    return [_with_pupils(person) for person in people]
 
 
 def _found(
@@ -189,6 +180,18 @@ def _blur(heat: np.ndarray) -> np.ndarray:
         padded = np.pad(heat.astype(np.float64), around, mode="symmetric")
         heat = np.lib.stride_tricks.sliding_window_view(padded, 2 * BLUR_RADIUS + 1, axis=axis) @ weights
     return heat
+
+
+def _with_pupils(person: Person) -> Person:
+    """A whole body as OpenPose's files have it: without the parts of which no point was found."""
+
+    def seen(part: np.ndarray | None) -> np.ndarray | None:
+        return part if part is not None and part[:, 2].any() else None
+
+    face = seen(person.face)
+    if face is not None and person.body is not None:
+        face = np.concatenate([face, person.body[[OPENPOSE_JOINTS.index(eye) for eye in PUPILS]]])
+    return Person(person.body, seen(person.left_hand), seen(person.right_hand), face)
 
 
 def _areas(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -31,5 +31,5 @@ def build(path: Path) -> nn.Module:
 
 def run(network: nn.Module, *inputs: Tensor) -> Any:
     """What the network answers. As written: optimised for the shapes of its first runs, its last bits would change."""
-    with torch.jit.optimized_execution(False):
+    with torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
         return network(*inputs)

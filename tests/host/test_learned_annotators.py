@@ -93,6 +93,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "oneformer_ade20k": lambda folder: tiny.oneformer(folder, 150),
     "oneformer_coco": oneformer_coco,
     "sam2_tiny": tiny.sam2,
+    "lama": scripted_tiny.lama,
     "person_detector": tiny.person_detector,
     "pose_estimator": tiny.pose_estimator,
     "whole_pose_estimator": scripted_tiny.whole_pose,

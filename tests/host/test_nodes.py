@@ -112,6 +112,7 @@ CONTRACT = {
             *("dwpose_detection_threshold", "dwpose_keypoint_threshold"),
             *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
             *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
+            "inpaint_lama_detail",
             *("mask", "pose_keypoints", "latent"),
         ],
         ["hint", "pose_keypoints"],
