@@ -6,7 +6,7 @@ one device to the other is told to whoever listens (`transfers`), for on a GPU i
     with second_device.on(), second_device.transfers() as moves:
         y = network.to(DEVICE)(x.to(DEVICE))
 
-The numbers are the CPU's own, so a result is the CPU's bit for bit. Built on torch's backend for Python
+The numbers are the CPU's own, so that a result is the CPU's to rounding. Built on torch's backend for Python
 (torch.utils.backend_registration); there is one in a process, and it stays registered.
 """
 
