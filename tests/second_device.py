@@ -197,11 +197,20 @@ class _Dispatched(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _indices(index: Any) -> Any:
+    """An index with tensors for its lists of numbers: uploads, as they would be."""
+    if isinstance(index, list) and all(isinstance(each, int) for each in index):
+        return torch.tensor(index)
+    return tuple(map(_indices, index)) if isinstance(index, (list, tuple)) else index
+
+
 class _Made(TorchFunctionMode):
-    """torch.tensor and its like move what they made out of a dispatch mode's sight."""
+    """torch.tensor, a list as an index and their like move what they made out of a dispatch mode's sight."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and there(args[0]):
+            args = (args[0], _indices(args[1]), *args[2:])
         if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
             like = args[0] if func is torch.Tensor.new_tensor else None
             device = torch.device(kwargs.pop("device", None) or (like.device if like is not None else "cpu"))
