@@ -60,7 +60,7 @@ class SecondHost:
         return cls(Host(folder))
 
     def run(self, case: Callable[[Host], Run]) -> Run:
-        """What a case gives there; `moves` are then its transfers, `calls` the sigma and their number at each UNet call."""
+        """What a case gives there; `moves` are then its transfers, `calls` sigma and their number at each UNet call."""
         import folder_paths
 
         with believed(), pytest.MonkeyPatch.context() as patch, second_device.transfers() as self.moves:

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from graphs import Control, Run, Scene, latent, moved, off_by, picture
 
+from ..second_device import transfers
 from .neighbours.callers import MultiDiffusion, animatediff, in_tiles
 from .neighbours.controls import KINDS, apply, ours
-from .second_host import SecondHost
+from .second_host import SecondHost, believed
+from .test_learned_annotators import LEARNED, Bench, bench  # noqa: F401 - fixtures
+from .test_learned_annotators import picture as photograph  # noqa: F401 - fixtures
+from .test_training import RARER, WIDGETS, cached, losses
 
 if TYPE_CHECKING:
     from hosting import Host
+
+    from zeroconv.annotators import Annotator
 
     Case = Callable[[Host], Run]
 
@@ -74,8 +81,11 @@ DOSES: dict[str, dict[str, Any]] = {
     "odd sizes": {"mask": HALF, "resize": "pad", "sampler": {"latent_image": latent(1, 15, 19)}},
     "schedule": {"schedule": schedule(curve="fade out"), "start": 0.1, "end": 0.9},
     "each picture": {
-        **{"image": picture(1, 2), "mask": torch.cat([HALF, 1 - HALF]), "sampler": {"latent_image": latent(2)}},
-        **{"schedule": schedule(curve="constant", per_image="1, 0.4"), "guidance": "cond_only"},
+        "image": picture(1, 2),
+        "mask": torch.cat([HALF, 1 - HALF]),
+        "sampler": {"latent_image": latent(2)},
+        "schedule": schedule(curve="constant", per_image="1, 0.4"),
+        "guidance": "cond_only",
     },
     "steps": {"unit": "step", "start": 1, "end": 2, "resize": "stretch", "image": picture(1, 1, 96, 208)},
 }
@@ -101,7 +111,7 @@ def test_the_other_families(host: Host, second: SecondHost, family: str, way: st
     assert second.later("upload") == []
 
 
-# -- several controls ---------------------------------------------------------------------------------------------------
+# -- several controls --------------------------------------------------------------------------------------------------
 
 
 def stacked(*entries: tuple[str, dict[str, Any]], way: str = "ApplyControl") -> Case:
@@ -165,7 +175,7 @@ def test_shuffle_and_other_guiders(host: Host, second: SecondHost):
     same(host, second, case)
 
 
-# -- pieces -------------------------------------------------------------------------------------------------------------
+# -- pieces ------------------------------------------------------------------------------------------------------------
 
 FRAMES: dict[str, Any] = {"latent_image": latent(4), "steps": 3}
 MASKS = torch.cat([HALF, 1 - HALF, HALF, torch.ones(1, 128, 128)])
@@ -208,7 +218,7 @@ def test_a_prompt_for_an_area(host: Host, second: SecondHost, kind: str):
     assert second.later("upload") == []
 
 
-# -- what looks on ------------------------------------------------------------------------------------------------------
+# -- what looks on -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["controlnet", "adapter", "lllite", "foreign"])
@@ -237,16 +247,63 @@ def test_inspection(host: Host, second: SecondHost, kind: str):
     assert case(host).sigmas == second.run(case).sigmas
 
 
+# -- training and annotators -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, {"kind": "control_lora", "ema": 0.9, "accumulation": 2}], ids=["plain", "LoRA"])
+def test_the_training_node(host: Host, tmp_path: Path, more: dict[str, Any]):
+    """Dataset, text and VAE included: the losses of the CPU."""
+    import folder_paths
+    from tiny_models import tiny_model
+
+    def losses_in(folder: Path) -> list[float]:
+        widgets = {name: value for name, value in more.items() if name in ("kind",)}
+        options = {**RARER, **{name: value for name, value in more.items() if name not in widgets}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(folder_paths.folder_names_and_paths, "controlnet", ([str(folder)], {".safetensors"}))
+            patch.setattr(folder_paths, "output_directory", str(folder))
+            _, clip, vae = host.call("LoadLabModel")
+            data = cached(folder / "data", clip, vae)
+            given = {"model": tiny_model("sd15", channel_mult=[1, 1, 1, 1]), "clip": clip, "vae": vae, "dataset": data}
+            host.call("TrainControlNet", **given, name="mine", options=options, **{**WIDGETS, **widgets})
+        return [float(line.split()[1]) for line in losses(folder / "zeroconv" / "training" / "mine")]
+
+    expected = losses_in(tmp_path / "cpu")
+    with believed(), transfers() as moves:
+        found = losses_in(tmp_path / "second")
+    assert len(moves) > 100
+    assert found == pytest.approx(expected, rel=1e-4) and len(found) == 4
+
+
+@pytest.mark.parametrize("annotator", LEARNED, ids=[annotator.name for annotator in LEARNED])
+def test_annotators(annotator: Annotator, bench: Bench, photograph: torch.Tensor):  # noqa: F811 - the fixtures
+    """What learned annotators see with their networks there: the hint of the CPU, to a grey level."""
+    bench.publish(annotator.networks)
+    expected, poses = bench.run(annotator.name, photograph)
+    bench.forget()
+    with believed(), transfers() as moves:
+        hint, found = bench.run(annotator.name, photograph)
+        bench.forget()
+    assert len(moves) > 10
+    assert (hint - expected).abs().max() <= 1 / 255 + 1e-6
+    assert [len(frame["people"]) for frame in found] == [len(frame["people"]) for frame in poses]
+
+
+# -- a mistake of each kind --------------------------------------------------------------------------------------------
+
+
 def test_it_would_see_a_mistake(host: Host, second: SecondHost, monkeypatch: pytest.MonkeyPatch):
-    """A tensor of indices made on the CPU's side, as cond_only had it, and a hint that stays there."""
+    """A tensor left on the CPU raises, and one that is moved at every call is heard; without, control acts."""
     from zeroconv.nodes.host.networks import ControlNetControl
 
-    right = ControlNetControl._inputs
-    monkeypatch.setattr(
-        ControlNetControl, "_inputs", lambda *args: tuple(each if i else each.cpu() for i, each in enumerate(right(*args)))
-    )
+    right = ControlNetControl._moved
+    monkeypatch.setattr(ControlNetControl, "_moved", lambda control, text, place: text)
     with pytest.raises(RuntimeError, match="tensors of two devices"):
         second.run(dosed("controlnet"))
-    monkeypatch.undo()
+    monkeypatch.setattr(ControlNetControl, "_moved", lambda control, text, place: text.to(**place))
+    second.run(dosed("controlnet"))
+    assert len(second.later("upload")) == 2 * 2  # text and vector, at two of three steps
+    monkeypatch.setattr(ControlNetControl, "_moved", right)
     run = same(host, second, dosed("controlnet"))
+    assert second.later("upload") == []
     assert moved(run, host.sample(host.scene("sdxl"), **SAMPLER)) >= 0.01
