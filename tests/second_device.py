@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Second(Tensor):
     """A tensor there; `inner` has its numbers."""
 
     inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Second:
@@ -96,7 +96,7 @@ class Second(Tensor):
         raise TypeError("can't convert second:0 device type tensor to numpy: copy it to the CPU first")
 
 
-def there(value: object) -> bool:
+def there(value: object) -> TypeGuard[Second]:
     """Whether it is a tensor of the second device."""
     return isinstance(value, Second)
 

@@ -57,7 +57,7 @@ def dosed(kind: str, way: str = "ApplyControl", sampler: dict[str, Any] | None =
     """A sampling of the tiny SDXL model under one control; options that are functions are made by the host."""
 
     def case(host: Host) -> Run:
-        given = {"image": picture(1), **options}
+        given: dict[str, Any] = {"image": picture(1), **options}
         given = {name: value(host) if callable(value) else value for name, value in given.items()}
         scene = apply(host, way, host.scene("sdxl"), ours(host, kind), **given)
         return host.sample(scene, **{**SAMPLER, **(sampler or {})})
@@ -300,7 +300,12 @@ def test_it_would_see_a_mistake(host: Host, second: SecondHost, monkeypatch: pyt
     monkeypatch.setattr(ControlNetControl, "_moved", lambda control, text, place: text)
     with pytest.raises(RuntimeError, match="tensors of two devices"):
         second.run(dosed("controlnet"))
-    monkeypatch.setattr(ControlNetControl, "_moved", lambda control, text, place: text.to(**place))
+
+    def forgetful(control: ControlNetControl, text: torch.Tensor, place: dict[str, Any]) -> torch.Tensor:
+        control._texts.clear()
+        return right(control, text, place)
+
+    monkeypatch.setattr(ControlNetControl, "_moved", forgetful)
     second.run(dosed("controlnet"))
     assert len(second.later("upload")) == 2 * 2  # text and vector, at two of three steps
     monkeypatch.setattr(ControlNetControl, "_moved", right)
