@@ -139,9 +139,10 @@ class Host:
 
     def place(self, *models: Any) -> torch.device:
         """The device that the host computes on, with these of its models on it, whole, for who calls them himself."""
-        comfy.model_management.load_models_gpu(list(models), force_full_load=True)
-        for model in models:
-            model.model.to(model.load_device)  # what --novram leaves behind even so
+        with torch.inference_mode():  # as nodes run; else the weights become tensors that those cannot change
+            comfy.model_management.load_models_gpu(list(models), force_full_load=True)
+            for model in models:
+                model.model.to(model.load_device)  # what --novram leaves behind even so
         return comfy.model_management.get_torch_device()
 
     def record(self, control: Any) -> None:
