@@ -6,7 +6,7 @@ one device to the other is told to whoever listens (`transfers`), for on a GPU i
     with second_device.on(), second_device.transfers() as moves:
         y = network.to(DEVICE)(x.to(DEVICE))
 
-The numbers are the CPU's own, so a result is the CPU's bit for bit. Built on torch's backend for Python
+The numbers are the CPU's own, so that a result is the CPU's to rounding. Built on torch's backend for Python
 (torch.utils.backend_registration); there is one in a process, and it stays registered.
 """
 
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Second(Tensor):
     """A tensor there; `inner` has its numbers."""
 
     inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Second:
@@ -96,7 +96,7 @@ class Second(Tensor):
         raise TypeError("can't convert second:0 device type tensor to numpy: copy it to the CPU first")
 
 
-def there(value: object) -> bool:
+def there(value: object) -> TypeGuard[Second]:
     """Whether it is a tensor of the second device."""
     return isinstance(value, Second)
 
@@ -197,11 +197,20 @@ class _Dispatched(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _indices(index: Any) -> Any:
+    """An index with tensors for its lists of numbers: uploads, as they would be."""
+    if isinstance(index, list) and all(isinstance(each, int) for each in index):
+        return torch.tensor(index)
+    return tuple(map(_indices, index)) if isinstance(index, (list, tuple)) else index
+
+
 class _Made(TorchFunctionMode):
-    """torch.tensor and its like move what they made out of a dispatch mode's sight."""
+    """torch.tensor, a list as an index and their like move what they made out of a dispatch mode's sight."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and there(args[0]):
+            args = (args[0], _indices(args[1]), *args[2:])
         if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
             like = args[0] if func is torch.Tensor.new_tensor else None
             device = torch.device(kwargs.pop("device", None) or (like.device if like is not None else "cpu"))

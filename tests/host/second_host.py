@@ -60,7 +60,7 @@ class SecondHost:
         return cls(Host(folder))
 
     def run(self, case: Callable[[Host], Run]) -> Run:
-        """What a case gives there; `moves` are then its transfers, `calls` the sigma and their number at each UNet call."""
+        """What a case gives there; `moves` are then its transfers, `calls` sigma and their number at each UNet call."""
         import folder_paths
 
         with believed(), pytest.MonkeyPatch.context() as patch, second_device.transfers() as self.moves:
@@ -79,7 +79,7 @@ class SecondHost:
         self.calls.append((self.host._sigma, len(self.moves)))
 
     def later(self, way: str) -> list[str]:
-        """The lines of the pack by which something moved this way after the first sigma's calls of the UNet."""
+        """What moved this way by lines of the pack after the first sigma's calls of the UNet: shape and line."""
         first = [moves for sigma, moves in self.calls if sigma == self.calls[0][0]]
         between = self.moves[first[-1] : self.calls[-1][1]]
-        return [move.line for move in between if move.way == way and move.ours]
+        return [f"{move.shape} {move.line}" for move in between if move.way == way and move.ours]

@@ -1,4 +1,4 @@
-"""The whole pack on a device that is not the CPU: the CPU's own latents, bit for bit, and nothing uploaded twice.
+"""The whole pack on a device that is not the CPU: the CPU's own latents, and nothing uploaded twice.
 
 What mixes tensors of two devices raises there, and so does what MPS and DirectML lack.
 """
@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from graphs import Control, Run, Scene, latent, moved, picture
+from graphs import Control, Run, Scene, latent, moved, off_by, picture
 
+from ..second_device import transfers
 from .neighbours.callers import MultiDiffusion, animatediff, in_tiles
 from .neighbours.controls import KINDS, apply, ours
-from .second_host import SecondHost
+from .second_host import SecondHost, believed
+from .test_learned_annotators import LEARNED, Bench, bench  # noqa: F401 - fixtures
+from .test_learned_annotators import picture as photograph  # noqa: F401 - fixtures
+from .test_training import RARER, WIDGETS, cached, losses
 
 if TYPE_CHECKING:
     from hosting import Host
+
+    from zeroconv.annotators import Annotator
 
     Case = Callable[[Host], Run]
 
@@ -36,10 +43,12 @@ def same(host: Host, second: SecondHost, case: Case) -> Run:
     """The run of a case on the second device, where it gives what it gives on the CPU."""
     expected, found = case(host), second.run(case)
     assert second.moves, "it did not run there"
-    assert torch.equal(found.latent, expected.latent)
+    assert off_by(found, expected) <= ROUNDING
     return found
 
 
+ROUNDING = 1e-5
+"""Weights that were moved lie at other addresses, and the CPU adds up in another order there."""
 SAMPLER: dict[str, Any] = {"steps": 3}
 HALF = torch.eye(2).repeat_interleave(64, 0).repeat_interleave(64, 1)[None]
 
@@ -48,7 +57,7 @@ def dosed(kind: str, way: str = "ApplyControl", sampler: dict[str, Any] | None =
     """A sampling of the tiny SDXL model under one control; options that are functions are made by the host."""
 
     def case(host: Host) -> Run:
-        given = {"image": picture(1), **options}
+        given: dict[str, Any] = {"image": picture(1), **options}
         given = {name: value(host) if callable(value) else value for name, value in given.items()}
         scene = apply(host, way, host.scene("sdxl"), ours(host, kind), **given)
         return host.sample(scene, **{**SAMPLER, **(sampler or {})})
@@ -72,12 +81,15 @@ DOSES: dict[str, dict[str, Any]] = {
     "odd sizes": {"mask": HALF, "resize": "pad", "sampler": {"latent_image": latent(1, 15, 19)}},
     "schedule": {"schedule": schedule(curve="fade out"), "start": 0.1, "end": 0.9},
     "each picture": {
-        **{"image": picture(1, 2), "mask": torch.cat([HALF, 1 - HALF]), "sampler": {"latent_image": latent(2)}},
-        **{"schedule": schedule(curve="constant", per_image="1, 0.4"), "guidance": "cond_only"},
+        "image": picture(1, 2),
+        "mask": torch.cat([HALF, 1 - HALF]),
+        "sampler": {"latent_image": latent(2)},
+        "schedule": schedule(curve="constant", per_image="1, 0.4"),
+        "guidance": "cond_only",
     },
     "steps": {"unit": "step", "start": 1, "end": 2, "resize": "stretch", "image": picture(1, 1, 96, 208)},
 }
-STEADY = ("plain", "cond_only", "mask", "cfg_resolution", "odd sizes", "each picture")
+STEADY = ("plain", "cond_only", "mask", "cfg_resolution", "odd sizes")
 """Doses that are the same at every call, which need not ask when it is."""
 
 
@@ -87,8 +99,8 @@ def test_every_dose_of_every_kind(host: Host, second: SecondHost, kind: str, dos
     same(host, second, dosed(kind, **DOSES[dose]))
     uploads = [] if kind == "foreign" else second.later("upload")  # the host's own uploads what it is given each time
     assert not uploads if dose in STEADY else len(set(uploads)) == len(uploads)
-    reads = [line for line in second.later("read") if "/run.py" in line]
-    assert second.later("read") == reads and len(reads) <= (0 if dose in STEADY else len(second.calls))
+    reads = second.later("read")
+    assert all("run.py" in read for read in reads) and len(reads) <= (0 if dose in STEADY else len(second.calls))
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
@@ -99,7 +111,7 @@ def test_the_other_families(host: Host, second: SecondHost, family: str, way: st
     assert second.later("upload") == []
 
 
-# -- several controls ---------------------------------------------------------------------------------------------------
+# -- several controls --------------------------------------------------------------------------------------------------
 
 
 def stacked(*entries: tuple[str, dict[str, Any]], way: str = "ApplyControl") -> Case:
@@ -163,7 +175,7 @@ def test_shuffle_and_other_guiders(host: Host, second: SecondHost):
     same(host, second, case)
 
 
-# -- pieces -------------------------------------------------------------------------------------------------------------
+# -- pieces ------------------------------------------------------------------------------------------------------------
 
 FRAMES: dict[str, Any] = {"latent_image": latent(4), "steps": 3}
 MASKS = torch.cat([HALF, 1 - HALF, HALF, torch.ones(1, 128, 128)])
@@ -206,7 +218,7 @@ def test_a_prompt_for_an_area(host: Host, second: SecondHost, kind: str):
     assert second.later("upload") == []
 
 
-# -- what looks on ------------------------------------------------------------------------------------------------------
+# -- what looks on -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["controlnet", "adapter", "lllite", "foreign"])
@@ -235,18 +247,68 @@ def test_inspection(host: Host, second: SecondHost, kind: str):
     assert case(host).sigmas == second.run(case).sigmas
 
 
+# -- training and annotators -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, {"kind": "control_lora", "ema": 0.9, "accumulation": 2}], ids=["plain", "LoRA"])
+def test_the_training_node(host: Host, tmp_path: Path, more: dict[str, Any]):
+    """Dataset, text and VAE included: the losses of the CPU."""
+    import folder_paths
+    from tiny_models import tiny_model
+
+    def losses_in(folder: Path) -> list[float]:
+        widgets = {name: value for name, value in more.items() if name in ("kind",)}
+        options = {**RARER, **{name: value for name, value in more.items() if name not in widgets}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(folder_paths.folder_names_and_paths, "controlnet", ([str(folder)], {".safetensors"}))
+            patch.setattr(folder_paths, "output_directory", str(folder))
+            _, clip, vae = host.call("LoadLabModel")
+            data = cached(folder / "data", clip, vae)
+            given = {"model": tiny_model("sd15", channel_mult=[1, 1, 1, 1]), "clip": clip, "vae": vae, "dataset": data}
+            host.call("TrainControlNet", **given, name="mine", options=options, **{**WIDGETS, **widgets})
+        return [float(line.split()[1]) for line in losses(folder / "zeroconv" / "training" / "mine")]
+
+    expected = losses_in(tmp_path / "cpu")
+    with believed(), transfers() as moves:
+        found = losses_in(tmp_path / "second")
+    assert len(moves) > 100
+    assert found == pytest.approx(expected, rel=1e-4) and len(found) == 4
+
+
+@pytest.mark.parametrize("annotator", LEARNED, ids=[annotator.name for annotator in LEARNED])
+def test_annotators(annotator: Annotator, bench: Bench, photograph: torch.Tensor):  # noqa: F811 - the fixtures
+    """What learned annotators see with their networks there: the hint of the CPU, to a grey level."""
+    bench.publish(annotator.networks)
+    expected, poses = bench.run(annotator.name, photograph)
+    bench.forget()
+    with believed(), transfers() as moves:
+        hint, found = bench.run(annotator.name, photograph)
+        bench.forget()
+    assert len(moves) > 10
+    assert (hint - expected).abs().max() <= 1 / 255 + 1e-6
+    assert [len(frame["people"]) for frame in found] == [len(frame["people"]) for frame in poses]
+
+
+# -- a mistake of each kind --------------------------------------------------------------------------------------------
+
+
 def test_it_would_see_a_mistake(host: Host, second: SecondHost, monkeypatch: pytest.MonkeyPatch):
-    """A tensor of indices made on the CPU's side, as cond_only had it, and a hint that stays there."""
+    """A tensor left on the CPU raises, and one that is moved at every call is heard; without, control acts."""
     from zeroconv.nodes.host.networks import ControlNetControl
 
-    right = ControlNetControl._inputs
-    monkeypatch.setattr(
-        ControlNetControl,
-        "_inputs",
-        lambda *args: tuple(each if i else each.cpu() for i, each in enumerate(right(*args))),
-    )
+    right = ControlNetControl._moved
+    monkeypatch.setattr(ControlNetControl, "_moved", lambda control, text, place: text)
     with pytest.raises(RuntimeError, match="tensors of two devices"):
         second.run(dosed("controlnet"))
-    monkeypatch.undo()
+
+    def forgetful(control: ControlNetControl, text: torch.Tensor, place: dict[str, Any]) -> torch.Tensor:
+        control._texts.clear()
+        return right(control, text, place)
+
+    monkeypatch.setattr(ControlNetControl, "_moved", forgetful)
+    second.run(dosed("controlnet"))
+    assert len(second.later("upload")) == 2 * 2  # text and vector, at two of three steps
+    monkeypatch.setattr(ControlNetControl, "_moved", right)
     run = same(host, second, dosed("controlnet"))
+    assert second.later("upload") == []
     assert moved(run, host.sample(host.scene("sdxl"), **SAMPLER)) >= 0.01
