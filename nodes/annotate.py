@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,13 +14,17 @@ from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
 from ..annotators.keypoints import read_frames
-from ..annotators.pipeline import draw
+from ..annotators.pipeline import covering, draw
 from .host import annotators as host_annotators
 from .host import given
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
+PIXEL_PERFECT = -1
+"""As `resolution`: that of the latent."""
+LATENT_CELL = 8
+"""Pixels of a side that one of a Stable Diffusion latent stands for."""
 AT_ONCE = 8 * 512**2
 """Pixels of the pictures that a network looks at together."""
 
@@ -44,19 +48,24 @@ class Annotate(io.ComfyNode):
                 io.Int.Input(
                     "resolution",
                     default=512,
-                    min=0,
+                    min=PIXEL_PERFECT,
                     max=8192,
-                    step=8,
-                    tooltip="Short side of the hint in pixels; 0 keeps the image's own size.",
+                    tooltip="Short side of the hint in pixels; 0 keeps the image's own size, and -1 covers the latent.",
                 ),
-                *(_input(annotator, parameter) for annotator, parameter in PARAMETERS),
+                *(widget(annotator, parameter) for annotator, parameter in PARAMETERS),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The hint is kept where this is white, black elsewhere; inpaint: white is painted anew.",
+                    tooltip="The hint is kept where this is white, black elsewhere; inpaint: white is painted anew; "
+                    "mask_sam2: a dot on what to mark.",
                 ),
                 PoseKeypoint.Input(
                     "pose_keypoints", optional=True, tooltip="The people that pose draws; all others hand it on."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="What is sampled: the hint becomes as large where resolution is -1.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="hint"), PoseKeypoint.Output(display_name="pose_keypoints")],
@@ -71,12 +80,15 @@ class Annotate(io.ComfyNode):
         resolution: int,
         mask: torch.Tensor | None = None,
         pose_keypoints: Any = None,
+        latent: dict[str, Any] | None = None,
         **parameters: Any,
     ) -> io.NodeOutput:
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
-        own = {p.name: parameters.get(f"{annotator}_{p.name}", p.default) for p in chosen.parameters}
+        own = own_parameters(chosen, parameters)
         if image.numel() == 0:
             raise AnnotatorError(f"image is an empty batch of shape {tuple(image.shape)}: connect at least one picture")
+        if resolution == PIXEL_PERFECT:
+            resolution = as_large(image, latent)
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
         masks = each(given.mask(mask), len(image), "masks")
         frames = (
@@ -109,7 +121,17 @@ class Annotate(io.ComfyNode):
         return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))
 
 
-def _input(annotator: Annotator, parameter: Parameter) -> Any:
+def as_large(image: torch.Tensor, latent: dict[str, Any] | None) -> int:
+    """The resolution at which images (B,H,W,C) cover the latent. Raises AnnotatorError where there is none."""
+    if latent is None:
+        raise AnnotatorError(
+            "resolution is -1, the latent's size, and found no latent: connect the one that is sampled"
+        )
+    height, width = (side * LATENT_CELL for side in latent["samples"].shape[-2:])
+    return covering(tuple(image.shape[1:3]), (height, width))
+
+
+def widget(annotator: Annotator, parameter: Parameter) -> Any:
     """The widget of one parameter. Optional: a workflow that was saved before an annotator came stays valid."""
     name, default = f"{annotator.name}_{parameter.name}", parameter.default
     said: dict[str, Any] = {"default": default, "optional": True, "tooltip": parameter.tooltip}
@@ -121,6 +143,11 @@ def _input(annotator: Annotator, parameter: Parameter) -> Any:
         low, high, step = (int(number) for number in (parameter.minimum, parameter.maximum, parameter.step))
         return io.Int.Input(name, min=low, max=high, step=step, **said)
     return io.Float.Input(name, min=parameter.minimum, max=parameter.maximum, step=parameter.step, **said)
+
+
+def own_parameters(annotator: Annotator, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a node's widgets that are the annotator's, by their own names; defaults for what is not there."""
+    return {p.name: given.get(f"{annotator.name}_{p.name}", p.default) for p in annotator.parameters}
 
 
 def each(found: Any, count: int, what: str) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..controlnet_core.dosing.block_weights import BlockWeights
 from ..controlnet_core.dosing.schedule import Schedule
-from ..controlnet_core.dosing.strength import GUIDANCE, Guidance, Strength
+from ..controlnet_core.dosing.strength import GUIDANCE, MOST_REUSED, Guidance, Strength
 from ..controlnet_core.dosing.window import UNITS, Unit, Window
 from .host import attach as host_attach
 from .host import given
@@ -78,6 +78,16 @@ def _control_inputs(required: bool) -> list[Any]:
     ]
 
 
+REUSE_INPUT = io.Float.Input(
+    "reuse",
+    optional=True,
+    default=0.0,
+    min=0.0,
+    max=MOST_REUSED,
+    step=0.05,
+    tooltip="Part of the steps at which this node's control is not computed but told from the steps before: 0.5 nearly "
+    "halves what it costs. 0: computed at every step.",
+)
 VAE_INPUT = io.Vae.Input("vae", optional=True, tooltip="For controls of another loader that read latents.")
 
 
@@ -97,6 +107,7 @@ class Inputs:
     mask: Tensor | None = None
     schedule: Schedule | None = None
     block_weights: BlockWeights | None = None
+    reuse: float = 0.0
 
     def entries(self) -> list[host_stack.Entry]:
         """The entries that these inputs describe, those of the connected stack first."""
@@ -117,7 +128,7 @@ class Inputs:
             return entries
         mask = given.mask(self.mask)
         window = Window(self.start, self.end, self.unit)
-        strength = Strength(self.strength, window, self.guidance, mask, self.schedule, self.block_weights)
+        strength = Strength(self.strength, window, self.guidance, mask, self.schedule, self.block_weights, self.reuse)
         return [*entries, host_stack.entry(self.control_net, self.image, strength, self.resize)]
 
 
@@ -132,7 +143,7 @@ class ApplyControl(io.ComfyNode):
             category="ZeroConv",
             description="Controls everything that the model samples, whatever the prompts. For upscalers that work in "
             "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, not this one's.",
-            inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT],
+            inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT, REUSE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
         )
@@ -174,6 +185,7 @@ class ApplyControlToPrompt(io.ComfyNode):
                 io.Conditioning.Input("negative"),
                 *_control_inputs(required=False),
                 VAE_INPUT,
+                REUSE_INPUT,
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -197,7 +209,7 @@ class StackControls(io.ComfyNode):
             display_name="Stack Controls (ZeroConv)",
             category="ZeroConv",
             description="Adds a control to a stack; their residuals add, as the paper composes several hints.",
-            inputs=_control_inputs(required=True),
+            inputs=[*_control_inputs(required=True), REUSE_INPUT],
             outputs=[STACK.Output(display_name="stack")],
         )
 

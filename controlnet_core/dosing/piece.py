@@ -44,7 +44,10 @@ class Piece:
         """`part` at its rows of the call's batch, and what `into` has elsewhere, or zeros; both stay as they are."""
         if self.whole:
             return part
-        whole = part.new_zeros((self.samples, *part.shape[1:])) if into is None else into.clone()
+        into = part.new_zeros(1, *part.shape[1:]).expand(self.samples, *part.shape[1:]) if into is None else into
+        if rows := _span(self.rows):
+            return torch.cat([into[: rows.start], part, into[rows.stop :]])
+        whole = into.clone(memory_format=torch.contiguous_format)
         whole[self._index(self.rows, part.device)] = part
         return whole
 
@@ -64,13 +67,19 @@ class Piece:
         return self._pick(tensor, tuple(place[frame % count] for frame in self.frames))
 
     def _pick(self, tensor: Tensor, numbers: tuple[int, ...]) -> Tensor:
-        return tensor[self._index(numbers, tensor.device)]
+        return tensor[_span(numbers) or self._index(numbers, tensor.device)]
 
     def _index(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         """The numbers as a tensor, moved to a device once."""
         if (numbers, device) not in self._indices:
             self._indices[numbers, device] = torch.tensor(numbers, device=device)
         return self._indices[numbers, device]
+
+
+def _span(numbers: tuple[int, ...]) -> slice | None:
+    """The numbers as a slice, where they follow one another: nothing is copied then, and no device is told them."""
+    first = numbers[0]
+    return slice(first, first + len(numbers)) if numbers == tuple(range(first, first + len(numbers))) else None
 
 
 @lru_cache(maxsize=64)

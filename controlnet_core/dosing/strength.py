@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ..errors import ZeroConvError
@@ -19,6 +19,10 @@ from .window import Window
 
 Guidance = Literal["both", "cond_only", "cfg_resolution"]
 GUIDANCE: tuple[Guidance, ...] = ("both", "cond_only", "cfg_resolution")
+
+
+MOST_REUSED = 0.9
+"""Part of the steps: of ten, one must be computed."""
 
 
 class StrengthError(ZeroConvError):
@@ -41,10 +45,15 @@ class Strength:
     mask: Tensor | None = None
     schedule: Schedule | None = None
     block_weights: BlockWeights | None = None
+    reuse: float = 0.0
 
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
             raise StrengthError(f"guidance is one of {', '.join(GUIDANCE)}, found {self.guidance!r}")
+        if not 0.0 <= self.reuse <= MOST_REUSED:
+            raise StrengthError(
+                f"reuse is a part of the steps, 0 to {MOST_REUSED:g}, found {self.reuse:g}: 0.5 is every second step"
+            )
         if not abs(self.value) <= FACTOR:  # NaN is not
             raise StrengthError(f"a strength is a number up to {FACTOR:g}, found {self.value:g}: 1 is the usual one")
 
@@ -85,7 +94,7 @@ class Strength:
         """
         weights = (1.0,) * (skips + 1) if self.block_weights is None else self.block_weights.weights(skips)
         resolution = latent_height if self.guidance == "cfg_resolution" else None
-        return ControlScales(tuple(value * weight for weight in weights), resolution, mask)
+        return ControlScales(weights, resolution, mask).times(value)
 
 
 @dataclass(frozen=True)
@@ -99,21 +108,25 @@ class ControlScales:
     weights: tuple[float, ...]
     resolution: int | None = None
     mask: Tensor | None = None
-    _fitted: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _fitted: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def times(self, value: float) -> ControlScales:
+        """The same with every weight times `value`; a mask is fitted to each size once for all that come of it."""
+        return replace(self, weights=tuple(value * weight for weight in self.weights))
 
     def scaled(self, i: int, residual: Tensor) -> Tensor | None:
-        """`residual` (B,C,h,w) of block i times its weight, a fresh tensor; `None` where that is 0."""
+        """`residual` (B,C,h,w) of block i times its weight: itself where that is 1, `None` where it is 0."""
         weight = self.weights[i]
         if self.resolution is not None:
             weight *= self.resolution / residual.shape[2]
         if weight == 0:
             return None
-        scaled = residual * weight
+        scaled = residual if weight == 1 else residual * weight
         if self.mask is None:
             return scaled
         size = tuple(residual.shape[2:])  # the same for many: a ControlLLLite has over a hundred layers
         if size not in self._fitted:
-            self._fitted[size] = F.interpolate(self.mask.to(residual), size=size, mode="area")
+            self._fitted[size] = averaged(self.mask.to(residual), *size)
         return scaled * self._fitted[size]
 
     def apply(self, residuals: Residuals) -> Residuals:
@@ -121,3 +134,20 @@ class ControlScales:
         if len(residuals) != len(self.weights):
             raise StrengthError(f"{len(residuals)} residuals need as many block weights, found {len(self.weights)}")
         return residuals.mapped(self.scaled)
+
+
+def averaged(mask: Tensor, height: int, width: int) -> Tensor:
+    """`mask` (B,1,H,W) as (B,1,height,width), each number the mean of the pixels that its place covers, even in part.
+
+    torch's adaptive pooling ("area") by two products of matrices: Apple's MPS pools only to sizes that divide.
+    """
+    rows, columns = (_shares(size, count, mask) for size, count in zip(mask.shape[2:], (height, width), strict=True))
+    return rows @ mask @ columns.T
+
+
+def _shares(size: int, count: int, like: Tensor) -> Tensor:
+    """The share (count, size) of each of `size` pixels in `count` means; made where `like` is."""
+    pixels, places = (torch.arange(n, device=like.device) for n in (size, count))
+    first, end = places * size // count, ((places + 1) * size + count - 1) // count
+    covered = (pixels >= first[:, None]) & (pixels < end[:, None])
+    return (covered / covered.sum(1, keepdim=True)).to(like.dtype)

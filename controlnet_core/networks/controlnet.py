@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ZeroConvError
 from ..keys import State
 from .configuration import check_heads, describe_mismatch, read_unet_config
+from .layers import add
 from .network import describe_hint
 from .recompute import recomputed
 from .residuals import Residuals
@@ -162,7 +163,7 @@ class ControlBranch(nn.Module):
                         f"the guided hint is {found}, this latent needs {expected}: "
                         "encode a hint of 8 times the latent's size"
                     )
-                h = h + guided_hint
+                h = add(h, guided_hint)
             skips.append(zero(h))
         return Residuals(tuple(skips), self.middle_block_out(middle(h, *inputs)))
 
@@ -220,11 +221,17 @@ class ControlNet(Encoder, ControlBranch):
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor, guided_hint: Tensor, y: Tensor | None = None
     ) -> Residuals:
-        """Noisy latent (B,4,H,W), timestep (B,), context (B,T,C) and guided hint (B or 1,C,H,W) -> residuals."""
+        """Noisy latent (B,4,H,W), timestep (B,), context (B,T,C) and guided hint (B or 1,C,H,W) -> residuals.
+
+        Where the samples fall into halves of guidance, which differ in their text alone, one half of the latents,
+        timesteps and hints is enough: R of each for a multiple of R contexts (and vectors y), one half after the other.
+        What comes before the first attention to the text is then computed once.
+        """
         return self._residuals(x, self.embed(x, timesteps, y), context, guided_hint)
 
     def _residuals(self, x: Tensor, emb: Tensor, context: Tensor, guided_hint: Tensor) -> Residuals:
-        return self._collect(x, guided_hint, self.input_blocks, self.middle_block, emb, context)
+        residuals = self._collect(x, guided_hint, self.input_blocks, self.middle_block, emb, context)
+        return residuals.repeated(len(context))
 
 
 def build(

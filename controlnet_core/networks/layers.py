@@ -3,6 +3,10 @@
 Attribute names are state-dict keys of published weights (CompVis/stable-diffusion, Stability-AI/generative-models)
 and keep the ldm spelling exactly. `operations` is a namespace with `Linear`, `Conv2d`, `GroupNorm` and `LayerNorm`:
 `torch.nn` by default, the host's offloading layers inside ComfyUI. It may bring its own `multi_head_attention` too.
+
+The halves of classifier-free guidance are the same up to their texts. So x, emb and context need not have as many
+samples: where one with R meets one with a multiple of R, sample i of the latter goes with i % R, and is computed for
+itself from there on. In SD that is the first attention to the text.
 """
 
 from __future__ import annotations
@@ -28,6 +32,18 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
 
+def repeated(x: Tensor, samples: int) -> Tensor:
+    """x (R, ...) over and over, for so many samples: sample i is x's i % R. x itself where it has as many."""
+    return x if len(x) >= samples else x.repeat(samples // len(x), *[1] * (x.ndim - 1))
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, where the one with fewer samples counts as `repeated` for those of the other; it is not copied."""
+    if len(a) < len(b):
+        a, b = b, a
+    return a + b if len(a) == len(b) else (a.unflatten(0, (-1, len(b))) + b).flatten(0, 1)
+
+
 class ResBlock(nn.Module):
     """Residual block with a timestep shift: (B, channels, H, W), (B, emb_channels) -> (B, out_channels, H, W)."""
 
@@ -50,8 +66,8 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = recomputed(self.in_layers, x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + recomputed(self.out_layers, h)
+        h = add(recomputed(self.in_layers, x), self.emb_layers(emb)[:, :, None, None])
+        return add(self.skip_connection(x), recomputed(self.out_layers, h))
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, precision: torch.dtype | None) -> Tensor:  # noqa: ARG001
@@ -92,7 +108,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = repeated(self.to_q(x), len(context)), self.to_k(context), self.to_v(context)
         return self.to_out(self.attend(q, k, v, self.heads, self.precision))
 
 
@@ -146,7 +162,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = add(x, self.attn2(self.norm2(x), context))
         return x + self.ff(self.norm3(x))
 
 
@@ -190,7 +206,7 @@ class SpatialTransformer(nn.Module):
             h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", **size)
         else:
             h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", **size))
-        return x + h
+        return add(x, h)
 
 
 class Downsample(nn.Module):

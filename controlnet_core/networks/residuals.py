@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ZeroConvError
+from .layers import repeated
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Residuals:
     def __len__(self) -> int:
         return len(self.skips) + 1
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take."""
+        return sum(tensor.nbytes for tensor in (*self, *self.encoder) if tensor is not None)
+
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None], encoder: Iterable[Tensor | None] = ()) -> Residuals:
         """The inverse of iteration: the last entry is the middle."""
@@ -59,6 +65,10 @@ class Residuals:
             return (None if tensor is None else f(i, tensor) for i, tensor in enumerate(tensors))
 
         return Residuals.of(each(self), each(self.encoder))
+
+    def repeated(self, samples: int) -> Residuals:
+        """Each residual over and over, for so many samples; as it is where it has as many."""
+        return self.mapped(lambda _, residual: repeated(residual, samples))
 
     def pooled(self) -> Residuals:
         """Each residual's mean over its pixels, all over its size: shuffle (ControlNet-v1-1-nightly, README)."""

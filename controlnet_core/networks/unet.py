@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ZeroConvError
 from . import injection
-from .layers import Block, Downsample, ResBlock, SpatialTransformer, Upsample, timestep_embedding
+from .layers import Block, Downsample, ResBlock, SpatialTransformer, Upsample, add, timestep_embedding
 from .residuals import Residuals
 
 
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
             raise ZeroConvError(
                 f"this UNet takes a pooled vector y of {self.config.adm_in_channels} numbers (SDXL), found none"
             )
-        return emb + self.label_emb(y.to(x.dtype))
+        return add(emb, self.label_emb(y.to(x.dtype)))
 
 
 class UNet(Encoder):

@@ -173,11 +173,14 @@ class UnionControlNet(ControlNet):
         context: Tensor,
         guided_hint: Tensor,
         y: Tensor | None = None,
-        types: Sequence[int] = (),
+        types: Sequence[int] | Tensor = (),
     ) -> Residuals:
-        """As a ControlNet's, told the `types` of the hints in `guided_hint`, in any order; none means "auto"."""
-        emb = self.embed(x, timesteps, y) + self.embed_types(types, x)
-        return self._residuals(x, emb, context, guided_hint)
+        """As a ControlNet's, told the `types` of the hints in `guided_hint`, in any order; none means "auto".
+
+        In their place may stand what `embed_types` made of them: they are the same all over a run.
+        """
+        shift = types if isinstance(types, Tensor) else self.embed_types(types, x)
+        return self._residuals(x, self.embed(x, timesteps, y) + shift, context, guided_hint)
 
     def embed_types(self, types: Sequence[int], like: Tensor) -> Tensor:
         """What `types` add to the timestep embedding, (1, time_embed_dim), in the dtype and on the device of `like`."""

@@ -6,7 +6,9 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -17,6 +19,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...controlnet_core.dosing import reuse
 from ...controlnet_core.dosing.clock import Moment
 from ...controlnet_core.dosing.piece import Piece, parts
 from ...controlnet_core.dosing.strength import ControlScales, Strength
@@ -27,6 +30,7 @@ from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import SD15, UNetConfig
 from . import given, run
+from .graphs import Beside
 from .kept import Kept
 from .resize import POSITIONS, Resize, at_positions, resize, with_positions
 from .watch import Finite
@@ -44,7 +48,8 @@ class Call:
     """One call of the UNet, cut down to the samples that this control acts on, at strength `value`.
 
     `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size one after the other, such as the halves of guidance:
-    those numbered `halves` of the whole call, whose samples are `piece`. `options` are the host's for this call.
+    those numbered `halves` of the whole call, whose samples are `piece`. Of x and t the first `distinct` are enough:
+    what follows repeats them. `options` are the host's for this call.
     """
 
     x: Tensor
@@ -52,6 +57,7 @@ class Call:
     cond: dict[str, Any]
     halves: tuple[int, ...]
     piece: Piece
+    distinct: int
     options: dict[str, Any]
     value: float
 
@@ -126,7 +132,7 @@ class Control(comfy.controlnet.ControlNet):
         self.on_both_prompts = False
         self._uncut: Tensor | None = None
         self._channels = 0
-        self._held = _held(SD15.residual_shapes(64, 64), 1)  # until it is known
+        self._held, self._held_long = _held(SD15.residual_shapes(64, 64), 1), 0  # until it is known
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -139,6 +145,9 @@ class Control(comfy.controlnet.ControlNet):
         self._percent_to_sigma: Any = None
         self._model_config: UNetConfig | None = None
         self._kept = Kept()
+        self._reused = reuse.Reused(self.dosing.reuse)
+        self._evaluated: Tensor | None = None
+        self._asked: Counter[Hashable] = Counter()
         self._finite = Finite(self.name)
 
     # -- what nodes call -------------------------------------------------------------------------------------------
@@ -215,7 +224,8 @@ class Control(comfy.controlnet.ControlNet):
         self._original_hint()  # says at once when there is none
         self._strength = self.full_strength()
         self._model_config = self.check_fits(model)
-        self._off = self._strength.off or not any(self._scales(1.0, (8, 8), None).weights)
+        weights = self._strength.scales(1.0, len(self._model_config.skip_channels), 8).weights
+        self._off = self._strength.off or not any(weights)
         self._percent_to_sigma = percent_to_timestep_function
         self.sub_idxs = self.full_latent_length = self.context_length = None
 
@@ -233,13 +243,22 @@ class Control(comfy.controlnet.ControlNet):
         self._finite = Finite(self.name)
         self.cleanup()
 
-    def expect(self, model: Any, frames: int, height: int, width: int) -> None:
-        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be."""
-        self._held = _held(self._config_of(model).residual_shapes(height, width), frames)
+    def expect(self, model: Any, frames: int, height: int, width: int, whole: int) -> None:
+        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be.
+
+        `whole` are those of the run, where windows divide it.
+        """
+        shapes = self._config_of(model).residual_shapes(height, width)
+        self._held = _held(shapes, frames)
+        self._held_long = reuse.HELD * 2 * whole * sum(map(prod, shapes)) if self._reuses else 0
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals."""
-        return max(self._memory(dtype), super().inference_memory_requirements(dtype))
+        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals.
+
+        What is held from step to step is each control's own.
+        """
+        held_long = min(self._held_long * comfy.model_management.dtype_size(dtype), reuse.LIMIT)
+        return held_long + max(self._memory(dtype), super().inference_memory_requirements(dtype))
 
     def _memory(self, dtype: torch.dtype) -> float:
         return self._held * comfy.model_management.dtype_size(dtype)
@@ -251,8 +270,10 @@ class Control(comfy.controlnet.ControlNet):
         previous, before = None, self._before
         if before is not None:
             previous = before.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        call = self._call(x_noisy, t, cond, batched_number, transformer_options)
-        return previous if call is None else self._act(call, previous)
+        with self._beside(x_noisy.device, transformer_options) as beside:
+            call = self._call(x_noisy, t, cond, batched_number, transformer_options)
+            given = previous if call is None else self._act(call, previous)
+            return given if beside is None or call is None or given is None else beside.waited(given)
 
     # -- one call --------------------------------------------------------------------------------------------------
 
@@ -264,12 +285,18 @@ class Control(comfy.controlnet.ControlNet):
         value = self._value(options, t) if halves else 0.0
         if value == 0.0:
             return None
-        piece = parts(x.shape[0], batched_number, halves, self._frames(options), _tiles(x, t, batched_number, options))
+        tiles = _tiles(x, t, batched_number, options)
+        piece = parts(x.shape[0], batched_number, halves, self._frames(options), tiles)
         cond = {
             key: piece.take(value) if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
         }
-        return Call(piece.take(x), piece.take(t), cond, halves, piece, options, value)
+        x, t, whole = piece.take(x), piece.take(t), (len(x) // batched_number, *x.shape[1:])
+        distinct = len(x) // len(halves)
+        # The host gives one latent to all conds. Where nobody tells that this is what they have, not a part of it each,
+        # looking is cheap on the CPU alone: a GPU would have to finish first.
+        alike = options.get(run.LATENT) == whole or (repeats(x, distinct) and repeats(t, distinct))
+        return Call(x, t, cond, halves, piece, distinct if tiles == 1 and alike else len(x), options, value)
 
     def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
         """The strength of this call, 0 when nothing acts."""
@@ -309,8 +336,7 @@ class Control(comfy.controlnet.ControlNet):
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
-        scaled = self._scales(call.value, call.size, self._mask(call)).apply(self._residuals(call))
-        residuals = scaled.mapped(lambda _, residual: call.piece.scatter(residual))
+        residuals = self._weighed(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
         self._finite.see(call.x, residuals)
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
@@ -321,9 +347,62 @@ class Control(comfy.controlnet.ControlNet):
             residuals = before + residuals
         return injection.as_host_control(residuals, shapes)
 
-    def _scales(self, value: float, size: tuple[int, int], mask: Tensor | None) -> ControlScales:
+    @property
+    def _reuses(self) -> bool:
+        """Whether residuals of earlier steps may tell those of a call."""
+        return self.dosing.reuse > 0
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether residuals at strength 1 stay here for later calls."""
+        return self._reuses
+
+    def _weighed(self, call: Call, scales: ControlScales) -> Residuals:
+        """The residuals of this call, which others may change as they like."""
+        current = self._current(call)
+        weighed = scales.apply(current)
+        kept = {id(residual) for residual in (*current, *current.encoder)} if self._keeps else ()
+        return weighed.mapped(lambda _, residual: residual.clone() if id(residual) in kept else residual)
+
+    def _current(self, call: Call) -> Residuals:
+        """The residuals of this call at strength 1: computed, or told from those of the steps before."""
+        if not self._reuses:
+            return self._residuals(call)
+        # Calls of one evaluation of the model have the same sigmas, the very tensor. Where tiles of one size follow one
+        # another in it and nothing else tells them apart, their number does.
+        sigmas = call.options.get("sigmas", call.t)
+        if self._evaluated is not sigmas:
+            self._evaluated, self._asked = sigmas, Counter()
+        prompts = call.options.get("uuids")
+        made_of, alive = self._made_of(call)
+        piece = (call.x.shape, call.piece, tuple(prompts[i] for i in call.halves) if prompts else (), made_of)
+        self._asked[piece] += 1
+        moment = self._moment(call.options, call.t)
+        return self._reused.at((piece, self._asked[piece]), moment, lambda: self._residuals(call), alive)
+
+    def _made_of(self, call: Call) -> tuple[Hashable, Any]:
+        """What residuals depend on besides the latent and the moment, and the objects whose ids are in it."""
+        hint = self._hint(call)
+        return hint.key, hint.alive
+
+    def _in_batch(self, call: Call, part: Tensor) -> Tensor:
+        """The residual of the samples that control acts on, with zeros for the others of the call."""
+        if call.piece.whole:
+            return part
+        key = ("zeros", part.shape[1:], part.dtype, part.device)
+        zeros = self._kept.get(key, lambda: part.new_zeros(1, *part.shape[1:]))
+        return call.piece.scatter(part, zeros.expand(call.piece.samples, *part.shape[1:]))
+
+    def _scales(self, call: Call) -> ControlScales:
+        """What multiplies the residuals of this call; but for its value it is made once a run for each piece."""
         assert self._model_config is not None
-        return self._strength.scales(value, len(self._model_config.skip_channels), size[0], mask)
+        skips, hint = len(self._model_config.skip_channels), None if self._strength.mask is None else self._hint(call)
+        scales = self._kept.get(
+            ("scales", call.size, call.piece, hint and hint.key),
+            lambda: self._strength.scales(1.0, skips, call.size[0], self._mask(call)),
+            hint and hint.alive,
+        )
+        return scales.times(call.value)
 
     def _original_hint(self) -> Tensor:
         """The hint at its own size, (B,C,H,W)."""
@@ -410,8 +489,12 @@ class Control(comfy.controlnet.ControlNet):
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
+    def _beside(self, device: torch.device, options: dict[str, Any]) -> AbstractContextManager[Beside | None]:
+        """Where a call runs: beside the UNet, which then waits for what it is given, or, with `None`, before it."""
+        return nullcontext()
+
     def _residuals(self, call: Call) -> Residuals:
-        """The residuals of this call at strength 1."""
+        """The residuals of this call at strength 1, computed."""
         raise NotImplementedError
 
 
@@ -421,6 +504,11 @@ def _held(shapes: Sequence[tuple[int, ...]], frames: int) -> int:
     What it needs while it runs it gives back before the UNet takes as much or more.
     """
     return 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
+
+
+def repeats(tensor: Tensor, rows: int) -> bool:
+    """Whether it is known that `tensor` repeats its first `rows` all over: what lies on the CPU is compared."""
+    return len(tensor) <= rows or (tensor.device.type == "cpu" and torch.equal(tensor[rows:], tensor[:-rows]))
 
 
 def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:

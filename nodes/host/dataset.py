@@ -17,8 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ...annotators import ANNOTATORS, pipeline
-from ...annotators.compare import resized
-from ...annotators.images import AnnotatorError, to_bytes, to_picture
+from ...annotators.images import AnnotatorError, resized, to_bytes, to_picture
 from ...controlnet_core.data import caching, sources
 from ...controlnet_core.data.caching import Annotate, CachingProgress
 from ...controlnet_core.data.dataset import Dataset

@@ -1,13 +1,14 @@
-"""What a run has computed of hints and keeps for its next steps, within bounds."""
+"""What a run has computed of hints and masks and keeps for its next steps, within bounds."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
 
+from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks.residuals import Residuals
 
 LIMIT = 512 * 2**20
@@ -39,11 +40,8 @@ class Kept:
 
 
 def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Residuals)):
         return value.nbytes
-    parts: Iterable[Any] = ()
-    if isinstance(value, Residuals):
-        parts = (*value, *value.encoder)
-    elif isinstance(value, dict):
-        parts = value.values()
-    return sum(map(_bytes, parts))
+    if isinstance(value, ControlScales):
+        return 0 if value.mask is None else value.mask.nbytes
+    return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0

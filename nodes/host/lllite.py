@@ -60,9 +60,8 @@ class LLLiteControl(NetworkControl):
         if self not in shifts:
             shifts[self] = _Shifts(self)
             shifts[self].install(call.options)
-        scales = self._scales(call.value, call.size, self._mask(call))
         moment = self._moment(call.options, call.t) if RECORD in call.options else None
-        shifts[self].begin(call, scales, *self._encode(call), moment)
+        shifts[self].begin(call, self._scales(call), *self._encode(call), moment)
         return previous
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from comfy.ldm.modules import attention
 from torch import Tensor
 
 from ...controlnet_core.files.loading import LoadedControl
@@ -16,12 +20,21 @@ from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES, UnionControlNet
-from .control import Call, Control, ControlError, Hint
+from . import graphs
+from .control import RECORD, Call, Control, ControlError, Hint, repeats
 from .models import on_device, unet_config
 from .resize import resize
 
 ENCODED_PIXELS = 2 * 512 * 512
 """Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
+
+
+TEXTS = 8
+"""Texts of a run that stay on the device for its next steps: one or two a prompt, more where prompts have areas."""
+
+
+Inputs = tuple[Tensor | None, ...]
+"""What a network's forward takes, on its device and in the dtype that it computes in."""
 
 
 class NetworkControl(Control):
@@ -107,11 +120,28 @@ class ControlNetControl(NetworkControl):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._sampling: Any = None
+        self._weights: graphs.Weights | None = None
+        self._runs_beside: graphs.Beside | None = None
+        self._texts: list[tuple[Tensor, Tensor]] = []
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run."""
         super().pre_run(model, percent_to_timestep_function)
         self._sampling = model.model_sampling
+        graphs.RUNNER.begin()
+        self._weights = graphs.Weights(self.patcher, self.network)
+
+    @contextmanager
+    def _beside(self, device: torch.device, options: dict[str, Any]) -> Iterator[graphs.Beside | None]:
+        if self._weights is None or RECORD in options:  # a record is read while the run goes on
+            yield None
+            return
+        with graphs.RUNNER.beside(self.name, self._weights, device, options) as beside:
+            self._runs_beside = beside
+            try:
+                yield beside
+            finally:
+                self._runs_beside = None
 
     @property
     def one_sided(self) -> bool:
@@ -119,22 +149,59 @@ class ControlNetControl(NetworkControl):
         return self.global_average_pooling or super().one_sided
 
     def _residuals(self, call: Call) -> Residuals:
-        hint, guided_hint = self._encode(call)
-        residuals = self.network(*self._inputs(call, hint.of(call.piece, guided_hint)))
+        inputs, samples, beside = self._inputs(call), len(call.x), self._runs_beside
+        run = partial(self._run, samples)
+        return run(*inputs) if beside is None else beside.run(run, inputs, (*self._baked, samples))
+
+    @property
+    def _baked(self) -> tuple[Hashable, ...]:
+        """What a pass depends on besides its inputs and weights: attention is a name that other nodes set anew."""
+        return type(self), self.global_average_pooling, attention.optimized_attention
+
+    def _run(self, samples: int, *inputs: Tensor | None) -> Residuals:
+        """One pass of the network, from its inputs to the residuals at strength 1 of so many samples.
+
+        It depends on these alone. Inputs of fewer samples count as repeated, and so do residuals.
+        """
+        residuals = self.network(*inputs).repeated(samples)
         return residuals.pooled() if self.global_average_pooling else residuals
 
-    def _inputs(self, call: Call, guided_hint: Tensor) -> tuple[Tensor | None, ...]:
-        """What a ControlNet's forward takes."""
+    def _inputs(self, call: Call) -> Inputs:
+        """What the network's forward takes; what is the same in both halves of guidance, once."""
         place: dict[str, Any] = {"device": call.x.device, "dtype": self.compute_dtype}
-        context = call.cond.get("crossattn_controlnet", call.cond["c_crossattn"])
-        y = call.cond.get("y")
+        x, t, once = call.x[: call.distinct], call.t[: call.distinct], call.distinct
+        guided_hint = self._guided_hint(call)
+        texts = [call.cond.get("crossattn_controlnet", call.cond["c_crossattn"]), call.cond.get("y")]
+        # The same prompt for both halves: the same residuals.
+        if len(guided_hint) <= once and all(text is None or repeats(text, once) for text in texts):
+            texts = [None if text is None else text[:once] for text in texts]
+        context, y = (None if text is None else self._moved(text, place) for text in texts)
         return (
-            self._sampling.calculate_input(call.t, call.x).to(**place),
-            self._sampling.timestep(call.t).to(call.x.device, torch.float32),  # bf16 has no number for most timesteps
-            context.to(**place),
+            self._sampling.calculate_input(t, x).to(**place),
+            self._sampling.timestep(t).to(x.device, torch.float32),  # bf16 has no number for most timesteps
+            context,
             guided_hint,
-            None if y is None else y.to(**place),
+            y,
         )
+
+    def _moved(self, text: Tensor, place: dict[str, Any]) -> Tensor:
+        """`text` where the network is; the host gives it on the CPU at every call, and what stays is moved once."""
+        if text.device == place["device"]:
+            return text.to(**place)
+        for given, moved in self._texts:
+            if given.device == text.device and torch.equal(given, text):
+                return moved
+        self._texts = [(text.clone(), text.to(**place)), *self._texts[: TEXTS - 1]]
+        return self._texts[0][1]
+
+    def _guided_hint(self, call: Call) -> Tensor:
+        """The guided hint of each of the samples that differ, or a single one for all of them."""
+        return self._of_samples(call, *self._encode(call))
+
+    def _of_samples(self, call: Call, hint: Hint, made: Tensor) -> Tensor:
+        """What was made of a hint, for each of the samples; for those that differ, where it goes by frames alone."""
+        found = hint.of(call.piece, made)
+        return found if hint.count is None else found[: call.distinct]
 
 
 class ControlLoraControl(ControlNetControl):
@@ -147,11 +214,14 @@ class ControlLoraControl(ControlNetControl):
         super().pre_run(model, percent_to_timestep_function)
         self.network.bind(model.diffusion_model)
         self.compute_dtype = model.manual_cast_dtype or model.get_dtype()
+        graphs.RUNNER.drop(self.network)  # they read what was bound before
+        self._weights = graphs.Weights(self.patcher, self.network, model)
 
     def cleanup(self) -> None:
         """End a run; the model is let go."""
         super().cleanup()
         self.network.unbind()
+        graphs.RUNNER.drop(self.network)
 
 
 class UnionControl(ControlNetControl):
@@ -178,6 +248,7 @@ class UnionControl(ControlNetControl):
             and other.type_number is not None
             and self.type_number is not None
             and other.dosing.guidance == self.dosing.guidance
+            and other.dosing.reuse == self.dosing.reuse
             and _same(other.dosing.mask, self.dosing.mask)
             and other.dosing.block_weights == self.dosing.block_weights
             and not any(c.dosing.schedule and c.dosing.schedule.per_image for c in (self, other))
@@ -212,12 +283,27 @@ class UnionControl(ControlNetControl):
         # In the authors' network the pictures of a batch see each other: a window must not change what they see.
         return super()._numbers(call, count) if self.type_number is None else tuple(range(count))
 
-    def _residuals(self, call: Call) -> Residuals:
-        types = [control.type_number for control, _ in self._acting if control.type_number is not None]
-        return self.network(*self._inputs(call, self._guided_hint(call, types)), types=types)
+    def _made_of(self, call: Call) -> tuple[Hashable, Any]:
+        # Fused, strengths are no factors of the residuals.
+        strengths = [value for _, value in self._acting] if len(self._acting) > 1 else []
+        parts = [ControlNetControl._made_of(control, call) for control, _ in self._acting]
+        return (tuple(key for key, _ in parts), tuple(strengths), self._types), [alive for _, alive in parts]
 
-    def _guided_hint(self, call: Call, types: list[int]) -> Tensor:
-        """The hints of those that act now, fused, for each sample; kept as long as nothing in it changes."""
+    @property
+    def _types(self) -> tuple[int, ...]:
+        """The types of the hints that act now."""
+        return tuple(control.type_number for control, _ in self._acting if control.type_number is not None)
+
+    def _inputs(self, call: Call) -> Inputs:
+        x, *inputs = super()._inputs(call)
+        assert x is not None
+        types = self._types
+        key = ("types", types, x.device, x.dtype)
+        return (x, *inputs, self._kept.get(key, lambda: self.network.embed_types(types, x)))
+
+    def _guided_hint(self, call: Call) -> Tensor:
+        """The hints of those that act now, fused; kept as long as nothing in it changes."""
+        types = self._types
         hints, features = zip(*(control._encode(call) for control, _ in self._acting), strict=True)
         if len({len(feature) for feature in features} - {1}) > 1:
             raise ControlError(
@@ -226,11 +312,11 @@ class UnionControl(ControlNetControl):
             )
         largest = max(range(len(features)), key=lambda i: len(features[i]))
         if not types:
-            return hints[largest].of(call.piece, features[largest])
+            return self._of_samples(call, hints[largest], features[largest])
         strengths = [value for _, value in self._acting]
         key = (tuple(id(feature) for feature in features), tuple(strengths))
         fused = self._kept.get(key, lambda: self.network.fuse(features, types, strengths), features)
-        return hints[largest].of(call.piece, fused)
+        return self._of_samples(call, hints[largest], fused)
 
 
 class AdapterControl(NetworkControl):
@@ -240,6 +326,14 @@ class AdapterControl(NetworkControl):
 
     def _joined(self, parts: list[Residuals]) -> Residuals:
         return Residuals.cat(parts)
+
+    @property
+    def _reuses(self) -> bool:
+        return False  # it computes nothing again as it is
+
+    @property
+    def _keeps(self) -> bool:
+        return True
 
     def _residuals(self, call: Call) -> Residuals:
         hint, encoded = self._encode(call, self.network.hint_multiple)

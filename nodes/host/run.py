@@ -1,4 +1,4 @@
-"""One sampling of the host as the controls in it see it: when a call of the UNet is, and which conds are negative.
+"""One sampling of the host as the controls in it see it: when a call of the UNet is, and what its conds are.
 
 Two wrappers tell them. They ride on a clone of the model, or as a hook on a control, for prompts have no model of
 theirs; either way the host calls them.
@@ -25,6 +25,10 @@ RUN = "zeroconv_run"
 
 HALVES = "zeroconv_halves"
 """Key in `transformer_options`: for each number in `cond_or_uncond`, whether that list of conds is a negative one."""
+
+LATENT = "zeroconv_latent"
+"""Key in `transformer_options`: the shape of the latents that a call is about, which the host gives to all its conds;
+those that are limited to an area get a part of them."""
 
 NEGATIVE = "zeroconv_negative"
 """Key in a cond: whether it belongs to a negative list of its guider."""
@@ -90,12 +94,13 @@ def begin(arguments: dict[str, Any], guider: Any) -> None:
             clock.begun(0)
             arguments["callback"] = _counting(clock, arguments.get("callback"))
         options[RUN] = Run(clock)
-    handler, frames = guider.model_options.get("context_handler"), len(arguments["noise"])
+    handler, whole = guider.model_options.get("context_handler"), len(arguments["noise"])
+    frames = whole
     if getattr(handler, "dim", None) == 0:
-        frames = min(frames, handler.context_length)
+        frames = min(whole, handler.context_length)
     for control in controls(guider.conds):
         if hasattr(control, "expect"):
-            control.expect(guider.model_patcher.model, frames, *arguments["noise"].shape[-2:])
+            control.expect(guider.model_patcher.model, frames, *arguments["noise"].shape[-2:], whole)
             if control.counts_steps:
                 options[RUN].clock.check_steps()
 
@@ -135,15 +140,14 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def calc_cond_batch(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """A wrapper of CALC_COND_BATCH that tells which lists of a call are negative ones: guiders order them differently.
+    """A wrapper of CALC_COND_BATCH that tells what its call is about, and which of its lists are negative ones.
 
-    Marks on the conds say it; without any, nothing is told.
+    Guiders order the lists differently: marks on the conds say it; without any, that is not told.
     """
-    _, conds, _, _, model_options = args
-    if not any(NEGATIVE in cond for entries in conds if entries for cond in entries):
-        return executor(*args, **kwargs)
-    negative = {i: any(cond.get(NEGATIVE) for cond in entries) for i, entries in enumerate(conds) if entries}
-    options = {**model_options["transformer_options"], HALVES: negative}
+    _, conds, x, _, model_options = args
+    options = {**model_options["transformer_options"], LATENT: tuple(x.shape)}
+    if any(NEGATIVE in cond for entries in conds if entries for cond in entries):
+        options[HALVES] = {i: any(cond.get(NEGATIVE) for cond in entries) for i, entries in enumerate(conds) if entries}
     return executor(*args[:4], {**model_options, "transformer_options": options}, **kwargs)
 
 

@@ -138,7 +138,7 @@ def noise_schedule(model: Any) -> tuple[Tensor, str]:
             f"the model is sampled by {known}: training knows models of 1000 timesteps that predict the noise or the "
             "velocity (SD1.x, SD2.x, SDXL). Connect such a model, without a sampling node for distilled ones"
         )
-    alphas = 1 / (sampling.sigmas.to("cpu", torch.float64, copy=True) ** 2 + 1)
+    alphas = 1 / (sampling.sigmas.cpu().double() ** 2 + 1)
     usual = alphas_cumprod()
     # The host keeps sigmas in fp32. Where they are SD's, its numbers to the last bit: those of a training elsewhere.
     same = alphas.shape == usual.shape and torch.allclose(alphas, usual.double(), rtol=1e-5)

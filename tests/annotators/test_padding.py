@@ -17,7 +17,7 @@ from zeroconv.annotators.images import pad_to_multiple
 from .seeded import record
 
 LEARNED = [annotator for annotator in ANNOTATORS if annotator.networks]
-CONVOLUTIONAL = ("hed", "mlsd", "scribble_hed", "lineart_realistic", "lineart_coarse")
+CONVOLUTIONAL = ("hed", "mlsd", "scribble_hed", "lineart_realistic", "lineart_coarse", "teed")
 
 
 def seen_by(annotator: Annotator, picture: np.ndarray, resolution: int) -> np.ndarray:

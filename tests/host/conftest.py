@@ -1,6 +1,7 @@
 """A real ComfyUI in this process with tiny random models; every test here is marked `host`.
 
-It runs on the CPU; ZEROCONV_HOST_ARGS names other flags of the host (test_cuda.py sets it).
+It runs on the CPU; ZEROCONV_HOST_ARGS names other flags of the host (test_cuda.py sets it). With
+ZEROCONV_HOST_DEVICE=second it runs on tests/second_device.py, where a CPU shows which test mixes devices.
 """
 
 from __future__ import annotations
