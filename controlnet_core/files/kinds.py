@@ -68,16 +68,20 @@ def detect(state: State) -> tuple[ControlKind, Format]:
 
 
 def unwrapped(state: State) -> State:
-    """`state` without what stands before every key, such as `module.`, where a format claims it then and not before."""
-    bare = state
-    for _ in range(WRAPPINGS):
-        if _claimed(bare) is not None:
-            return bare
+    """`state` without what stands before every key, such as `module.`, where that makes it one of `KINDS`.
+
+    Of several ways to read it the kind that is asked first is taken, and of one kind the longest names.
+    """
+    readings = [state]
+    while len(readings) <= WRAPPINGS:
+        *_, bare = readings
         prefix = next(iter(bare), "").partition(".")[0] + "."
         if not all(key.startswith(prefix) for key in bare):
             break
-        bare = {key.removeprefix(prefix): tensor for key, tensor in bare.items()}
-    return bare if _claimed(bare) is not None else state
+        readings.append({key.removeprefix(prefix): tensor for key, tensor in bare.items()})
+    found = [_claimed(reading) for reading in readings]
+    places = [len(KINDS) if claim is None else KINDS.index(claim[0]) for claim in found]
+    return readings[places.index(min(places))]
 
 
 def _claimed(state: State) -> tuple[ControlKind, Format] | None:

@@ -180,7 +180,7 @@ def _check_numbers(weights: State, name: str, dtype: torch.dtype) -> None:
         largest = _largest(tensor)
         if not largest.isfinite():
             wrong.append(key)
-        elif dtype != tensor.dtype and not largest.to(dtype).float().isfinite():
+        elif dtype != tensor.dtype and largest > torch.finfo(dtype).max:
             beyond.append(f"{key}, up to {largest.item():g}")
     if wrong:
         raise LoadError(

@@ -288,7 +288,7 @@ def test_numbers_in_keys_are_not_counted_to(host: Host, key: str, beside: str):
 def test_the_queue_goes_on_after_all_of_them(host: Host):
     """A control that was refused leaves nothing behind: the next one acts as it always did."""
     for data in (b"", b"GGUF", saved(OPTIMIZER), save(PAIR)):
-        refusal(host, "refused.safetensors", data)
+        refusal(host, "hostile.safetensors", data)
     run, without = host.sample(host.apply("ApplyControl", host.scene(), "sd15", Control())), host.sample(host.scene())
     native = host.sample(host.native(host.scene(), "sd15", Control()))
     assert moved(run, without) > 0.05
