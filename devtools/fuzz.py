@@ -1,8 +1,8 @@
 """`dev.py fuzz`: files and texts as strangers and broken disks make them, and what the pack says of each.
 
-Each case follows from the seed, its format and its number alone. A case ends as *loaded*, *refused* (a sentence of the
-pack), *raw* (any other error), *hang* (over 5 seconds) or *memory* (over 3 GiB): the last three are faults. Where the
-system knows no alarms or limits (Windows), hangs and memory are not looked for.
+Each case follows from the seed, its format and its number alone. It ends as *loaded*, *refused* (a sentence of the
+pack), *raw* (any other error), *hang* (over 5 seconds of work) or *memory* (over 3 GiB): the last three are faults.
+Where the system knows no alarms or limits (Windows), hangs and memory are not looked for.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..annotators import ANNOTATORS, keypoints, pipeline
 from ..annotators.images import AnnotatorError
@@ -49,7 +50,10 @@ from ..controlnet_core.training import checkpoint
 
 FULL = 20_000
 CHUNK = 100
-SECONDS = 5
+SECONDS = 5.0
+"""Of this process's own time, after which a case hangs; of the clock's, PATIENCE times as many."""
+
+PATIENCE = 12
 MEMORY = 3 << 30
 SAID = 1000
 """Characters that a refusal may have."""
@@ -143,7 +147,7 @@ def _pictures(folder: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
     for suffix in ("png", "jpg", "webp", "gif", "tif", "bmp", "tga"):
         data = io.BytesIO()
-        sources.Image.fromarray(picture).save(data, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()))
+        Image.fromarray(picture).save(data, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()))
         (folder / f"a.{suffix}").write_bytes(data.getvalue())
 
 
@@ -283,13 +287,17 @@ def _alarm() -> Any:
     def ring(*_: object) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, PATIENCE * SECONDS)}
+    before = {number: signal.signal(number, ring) for number, _ in timers.values()}
     try:
+        for timer, (_, seconds) in timers.items():
+            signal.setitimer(timer, seconds)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- many cases -------------------------------------------------------------------------------------------------------

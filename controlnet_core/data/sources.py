@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..errors import ZeroConvError
+from .pictures import readable
 
 PICTURES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".tga", ".avif", ".jp2", ".jxl",
@@ -167,7 +167,7 @@ def _from_record(folder: Path, beside: Path, record: Any, where: str) -> Item | 
             return Skipped(where, f"{path} lies outside of {folder}: a list names files of its own folder")
         if path is not None and not _is_there(path):
             return Skipped(where, f"there is no file {path}")
-        if path is not None and path.suffix.lower() in PICTURES and not _readable(path):
+        if path is not None and path.suffix.lower() in PICTURES and not readable(path):
             return Skipped(where, f"this Pillow reads no {path.suffix.lower()}: save {path.name} as .png")
     return Item(_name(folder, picture), picture, _one_line(values["prompt"]), hint)
 
@@ -249,9 +249,9 @@ def _captioned(folder: Path, files: list[Path]) -> Found:
             elif len(paths) > 1 and (found or any(texts)):
                 several = " and ".join(_name(folder, one) for one in paths)
                 yield Skipped(name, f"caption or hint may be of {several}: give each a name of its own")
-            elif not _readable(path):
+            elif not readable(path):
                 yield Skipped(name, f"this Pillow reads no {path.suffix.lower()}: save it as .png")
-            elif found and not _readable(found[0]):
+            elif found and not readable(found[0]):
                 yield Skipped(name, f"this Pillow reads no {found[0].suffix.lower()}, as its hint is: save it as .png")
             else:
                 try:
@@ -272,11 +272,6 @@ def _name(folder: Path, path: Path) -> str:
 
 def _place_of_caption(path: Path) -> int:
     return CAPTIONS.index(path.suffix.lower())
-
-
-def _readable(path: Path) -> bool:
-    """Whether Pillow, as it is installed, opens files of this suffix; what is in them is seen later."""
-    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
 def _is_hint(path: Path, folder: Path, folders: set[tuple[Path, str]]) -> bool:
