@@ -254,6 +254,7 @@ class UnionControl(ControlNetControl):
 
     def _inputs(self, call: Call) -> Inputs:
         x, *inputs = super()._inputs(call)
+        assert x is not None
         types = self._types
         key = ("types", types, x.device, x.dtype)
         return (x, *inputs, self._kept.get(key, lambda: self.network.embed_types(types, x)))
