@@ -101,7 +101,7 @@ def test_one_half_takes_no_more_operations_than_both(host: Host, monkeypatch: py
     residuals = 13
     # Each residual is put beside zeros, and that is all that comes on top.
     assert sum(half.operations[1].values()) <= sum(both.operations[1].values()) + residuals
-    assert half.flops[1] < 0.55 * both.flops[1]
+    assert half.flops[1] < 0.6 * both.flops[1]  # both share what comes before their texts
 
 
 def test_at_strength_1_nothing_is_multiplied(host: Host, monkeypatch: pytest.MonkeyPatch):
@@ -115,12 +115,13 @@ def test_at_strength_1_nothing_is_multiplied(host: Host, monkeypatch: pytest.Mon
 
 MADE = ("zeros", "new_zeros", "zeros_like", "ones", "full", "arange", "lift_fresh", "index", "index_put", "index_put_")
 FITTED = (
+    "adaptive_avg_pool2d",
     "_adaptive_avg_pool2d",
     "upsample_nearest2d",
     "_upsample_nearest_exact2d",
     "avg_pool2d",
-    "upsample_bilinear2d",
 )
+"""Inside inference mode torch is asked for a composite operation, elsewhere for what it is made of."""
 
 
 @pytest.mark.parametrize("guidance", ["both", "cond_only", "cfg_resolution"])
