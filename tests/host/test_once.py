@@ -114,14 +114,7 @@ def test_at_strength_1_nothing_is_multiplied(host: Host, monkeypatch: pytest.Mon
 
 
 MADE = ("zeros", "new_zeros", "zeros_like", "ones", "full", "arange", "lift_fresh", "index", "index_put", "index_put_")
-FITTED = (
-    "adaptive_avg_pool2d",
-    "_adaptive_avg_pool2d",
-    "upsample_nearest2d",
-    "_upsample_nearest_exact2d",
-    "avg_pool2d",
-)
-"""Inside inference mode torch is asked for a composite operation, elsewhere for what it is made of."""
+FITTED = ("adaptive_avg_pool2d", "avg_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "matmul")
 
 
 @pytest.mark.parametrize("guidance", ["both", "cond_only", "cfg_resolution"])
@@ -131,7 +124,7 @@ def test_masks_rows_and_zeros_are_made_at_the_first_step(host: Host, monkeypatch
     given = scene(host, "ApplyControl", host.scene(), guidance=guidance, mask=mask, schedule=schedule)
     counting = counted(host, monkeypatch, given, latent_image=latent(2))
     first, *rest = ({name: each[name] for name in (*MADE, *FITTED) if each[name]} for each in counting.operations)
-    assert any(name in first for name in FITTED)
+    assert any(first.get(name, 0) > 1 for name in FITTED)  # there are sizes that the mask is fitted to
     # The frequencies of the timestep embedding are the one thing that is made at every step.
     assert rest == [{"arange": 1}] * (STEPS - 1)
 
