@@ -6,6 +6,7 @@
     python dev.py lab ...                  the small world: train, evaluate (`lab --help` lists its commands)
     python dev.py hints ...                what every annotator makes of one photograph, as pictures
     python dev.py bench NAME ...           one of benchmarks/
+    python dev.py fuzz ...                 files and texts as strangers and broken disks make them
     python dev.py setup                    only make the environment
 
 COMFYUI_PATH names a ComfyUI of your own (nothing is written into it); without it, the one that this folder lies in is
@@ -95,6 +96,11 @@ def hints(arguments: list[str]) -> int:
     return import_module("zeroconv.devtools.hints").main(arguments)
 
 
+def fuzz(arguments: list[str]) -> int:
+    """Try changed files and texts, and count what becomes of them."""
+    return import_module("zeroconv.devtools.fuzz").main(arguments)
+
+
 def setup(arguments: list[str]) -> int:
     """Nothing more than what every command does first."""
     if arguments:
@@ -104,7 +110,10 @@ def setup(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "test": test, "serve": serve, "lab": lab, "hints": hints, "bench": bench, "setup": setup}
+COMMANDS = {
+    "demo": demo, "test": test, "serve": serve, "lab": lab, "hints": hints, "bench": bench, "fuzz": fuzz,
+    "setup": setup,
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

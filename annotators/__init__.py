@@ -111,6 +111,19 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("depth:depth_small", "range"),
     ("depth:depth_anything", "range"),
     ("depth:depth_zoe", "range"),
+    ("lines:hough_lines", "agreement"),
+    ("drawings:scribble_xdog", "balance"),
+    ("drawings:cartoon_lines", "balance"),
+    ("superpixels:superpixels", "merge"),
+    ("colour:blur", "kind"),
+    ("drawings:threshold", "around"),
+    ("drawings:invert",),
+    # by networks, what came later
+    ("hed:teed", "safe"),
+    ("pose:dwpose", "detection_threshold", "keypoint_threshold", "body", "hands", "face", "xinsir_sticks"),
+    ("segments:segments_sam2", "points", "confidence", "colours", "seed"),
+    ("segments:mask_sam2",),
+    ("inpaint:inpaint_lama", "detail"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from . import Annotator, Parameter
+from .images import to_bytes
 
 PALETTE_CELL = 64
 SHUFFLE_CELL = 256
+FLAT = 0.01
+"""Variance, of 0..1, below which the guided filter takes a place for flat (He, Sun, Tang 2010)."""
 
 
 def tile(image: np.ndarray, halvings: int = 3) -> np.ndarray:
     """The picture (H,W,3), 0..1, at a size 2^`halvings` times smaller, and smoothly enlarged again: (H,W,3) float32.
 
-    Area averages, then OpenCV's pyrUp (Fannovel16/comfyui_controlnet_aux tile). pyrUp puts an average where the first
-    of its pixels was, so that the published hint lies half a cell (3.5 pixels at the default) to the upper left of its
-    picture: here cells begin half a cell before the picture, and nothing moves by more than half a pixel.
+    Area averages, then OpenCV's pyrUp, as in Mikubill/sd-webui-controlnet tile_resample, whose hints tile controls are
+    used with (lllyasviel/ControlNet-v1-1-nightly hands its picture on as it is). pyrUp puts an average where the first
+    of its pixels was, so that their hint lies half a cell (3.5 pixels at the default) to the upper left of its picture:
+    here cells begin half a cell before the picture, and nothing moves by more than half a pixel. Newer Fannovel16/
+    comfyui_controlnet_aux moves the hint back in the end, which leaves its upper and left rims to a reflection.
     """
     import cv2
 
@@ -30,18 +35,34 @@ def tile(image: np.ndarray, halvings: int = 3) -> np.ndarray:
     return hint[:height, :width].clip(0, 1)
 
 
-def blur(image: np.ndarray, sigma: float = 9.0) -> np.ndarray:
-    """The picture (H,W,3), 0..1, under a Gaussian of `sigma` pixels (Mikubill/sd-webui-controlnet blur_gaussian)."""
+def blur(image: np.ndarray, sigma: float = 9.0, kind: str = "gaussian") -> np.ndarray:
+    """The picture (H,W,3), 0..1, without its detail, (H,W,3) float32; `sigma` in pixels says how much of it goes.
+
+    "gaussian" is a Gaussian of that deviation (Mikubill/sd-webui-controlnet blur_gaussian). "guided" and "median" look
+    as far, at a square of 2 sigma + 1, and keep borders of things: the guided filter (He, Sun, Tang 2010), as tile
+    controls for SDXL were trained with, and the median, which has no in-between colours.
+    """
     import cv2
 
-    return cv2.GaussianBlur(image, (0, 0), sigma).clip(0, 1)
+    side = 2 * round(sigma) + 1
+    if kind == "gaussian":
+        return cv2.GaussianBlur(image, (0, 0), sigma).clip(0, 1)
+    elif kind == "median":
+        return cv2.medianBlur(to_bytes(image), side).astype(np.float32) / 255
+    import torch
+    from kornia.filters import guided_blur
+
+    picture = torch.from_numpy(image).movedim(-1, 0)[None]
+    blurred = guided_blur(picture, picture, side, FLAT, border_type="replicate")
+    return blurred[0].movedim(0, -1).numpy().clip(0, 1)
 
 
 def luminance(image: np.ndarray, gamma: float = 1.0) -> np.ndarray:
     """The lightness of CIE Lab of an RGB picture (H,W,3), 0..1, to the power `gamma`, as grey (H,W,3) float32 0..1.
 
-    For recolor controls, which were trained on black-and-white pictures. Mikubill/sd-webui-controlnet
-    recolor_luminance reads RGB as BGR, so that its reds are dark and its blues bright; here they are as seen.
+    For recolor controls, which were trained on black-and-white pictures. Mikubill/sd-webui-controlnet and Fannovel16/
+    comfyui_controlnet_aux recolor_luminance read RGB as BGR, so that their reds are dark and their blues bright; here
+    they are as seen. Of a picture without colour both are the same.
     """
     import cv2
 
@@ -75,7 +96,8 @@ def shuffle(image: np.ndarray, seed: int = 0) -> np.ndarray:
     """A picture (H,W,3), 0..1, with its content pushed about in waves of about 256 pixels: (H,W,3) float32.
 
     Each pixel is read from a place that two smooth noises give, one for x and one for y, both stretched over the whole
-    picture (lllyasviel/ControlNet-v1-1-nightly annotator/shuffle).
+    picture (lllyasviel/ControlNet-v1-1-nightly annotator/shuffle). Fannovel16/comfyui_controlnet_aux gives the same for
+    the same seed above 0, of pictures whose sides are multiples of 64: others it shuffles with a margin.
     """
     import cv2
 
@@ -107,7 +129,10 @@ RECORDS = (
     Annotator(
         "blur",
         blur,
-        (Parameter("sigma", "Radius of the Gaussian, in pixels.", 0.1, 64.0, 0.1),),
+        (
+            Parameter("sigma", "Radius of the blur, in pixels.", 0.1, 64.0, 0.1),
+            Parameter("kind", "guided and median keep borders.", choices=("gaussian", "guided", "median")),
+        ),
     ),
     Annotator(
         "luminance",

@@ -14,6 +14,11 @@ from .keypoints import read_frame, with_canvas
 
 TOLERANCE = 2
 """Pixels that an edge may be off."""
+MOVES = ((0.0, 0.5), (0.5, 0.0), (0.5, 0.5))
+"""Parts of the sides, down and right, by which a result is moved round where chance is sought: as far as it gets.
+
+Mirroring would not do: a face is its own mirror image.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,33 +35,55 @@ def compare(
 ) -> Comparison:
     """How well `result`, the hint of a `picture`, follows `hint`, made with the annotator of this name.
 
-    All three are (H,W,3) float 0..1 of one size. The score is, for edges, the F1 within `tolerance` pixels; for depth
-    Spearman's rank correlation, not below 0; for normals the part that points within 30 degrees; for segments the mean
-    IoU; else SSIM, not below 0. Raises AnnotatorError for an annotator that has no score, or whose score needs
-    keypoints (`compare_people`).
+    All three are (H,W,3) float 0..1 of one size; the score is that of `score`, which raises AnnotatorError.
+    """
+    number, says = score(annotator, result, hint, tolerance)
+    kind = measure.kind_of(annotator)
+    if kind == "edges":
+        shown = overlay.edges(picture, result, hint, tolerance)
+    elif kind == "depth":
+        shown = overlay.depth(picture, result.mean(axis=2), hint.mean(axis=2))
+    else:
+        shown = {"normals": overlay.normals, "segments": overlay.segments, "picture": overlay.pictures}[kind](
+            picture, result, hint
+        )
+    return Comparison(number, says, shown)
+
+
+def score(annotator: str, result: np.ndarray, hint: np.ndarray, tolerance: float = TOLERANCE) -> tuple[float, str]:
+    """How well one hint (H,W,3) follows another, 0..1, and what that is in words.
+
+    For edges the F1 within `tolerance` pixels; for depth Spearman's rank correlation, not below 0; for normals the part
+    that points within 30 degrees; for segments the mean IoU; else SSIM, not below 0. Raises AnnotatorError for an
+    annotator that has no score, or whose score needs keypoints (`compare_people`).
     """
     kind = measure.kind_of(annotator)
     if kind == "edges":
         edges = measure.edge_f1(result, hint, tolerance)
-        says = f"edge F1 {edges.f1:.3f}, precision {edges.precision:.3f}, recall {edges.recall:.3f}"
-        return Comparison(edges.f1, says, overlay.edges(picture, result, hint, tolerance))
+        return edges.f1, f"edge F1 {edges.f1:.3f}, precision {edges.precision:.3f}, recall {edges.recall:.3f}"
     elif kind == "depth":
         ours, wanted = result.mean(axis=2), hint.mean(axis=2)
         rank, rmse = measure.rank_correlation(ours, wanted), measure.depth_rmse(ours, wanted)
-        says = f"depth rank correlation {rank:.3f}, RMSE {rmse:.3f} with scale and shift aligned"
-        return Comparison(max(0.0, rank), says, overlay.depth(picture, ours, wanted))
+        return max(0.0, rank), f"depth rank correlation {rank:.3f}, RMSE {rmse:.3f} with scale and shift aligned"
     elif kind == "normals":
         angles = measure.normal_angles(result, hint)
         near = float((angles <= measure.NORMAL_WITHIN).mean())
         says = f"normals {near:.3f} within {measure.NORMAL_WITHIN:g} degrees, on average {angles.mean():.1f} off"
-        return Comparison(near, says, overlay.normals(picture, result, hint))
+        return near, says
     elif kind == "segments":
         iou = measure.mean_iou(result, hint)
-        return Comparison(iou, f"segment mean IoU {iou:.3f}", overlay.segments(picture, result, hint))
+        return iou, f"segment mean IoU {iou:.3f}"
     elif kind == "picture":
         ssim = measure.ssim(result, hint)
-        return Comparison(max(0.0, ssim), f"SSIM {ssim:.3f}", overlay.pictures(picture, result, hint))
+        return max(0.0, ssim), f"SSIM {ssim:.3f}"
     raise AnnotatorError(f"{annotator}: poses are compared by their joints: give those of the hint and of the result")
+
+
+def chance(annotator: str, result: np.ndarray, hint: np.ndarray, tolerance: float = TOLERANCE) -> float:
+    """What `score` gives a result that has nothing to do with the hint and is as busy: the mean over it in MOVES."""
+    height, width = result.shape[:2]
+    moved = [np.roll(result, (round(down * height), round(right * width)), axis=(0, 1)) for down, right in MOVES]
+    return float(np.mean([score(annotator, one, hint, tolerance)[0] for one in moved]))
 
 
 def compare_people(picture: np.ndarray, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Comparison:
@@ -64,6 +91,19 @@ def compare_people(picture: np.ndarray, found: Sequence[np.ndarray], wanted: Seq
     score = measure.pose_score(found, wanted)
     says = f"pose OKS {score.oks:.3f}, PCK {score.pck:.3f}, {score.found} people for {score.wanted}"
     return Comparison(score.oks, says, overlay.people(picture, found, wanted))
+
+
+def chance_of_people(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], height: int, width: int) -> float:
+    """As `chance`, of bodies (18,3) in pixels of a picture (height, width): each moves as a whole."""
+    scores = []
+    for down, right in MOVES:
+        moved = []
+        for body in found:
+            middle = body[body[:, 2] > 0, :2].mean(axis=0)
+            place = (middle + (right * width, down * height)) % (width, height)
+            moved.append(body + np.append(place - middle, 0).astype(body.dtype))
+        scores.append(measure.pose_score(moved, wanted).oks)
+    return float(np.mean(scores))
 
 
 def read_bodies(frame: Mapping[str, Any], height: int, width: int) -> list[np.ndarray]:
@@ -80,14 +120,3 @@ def cut_bodies(bodies: Sequence[np.ndarray], rows: slice, columns: slice) -> lis
         inside &= (body[:, 1] >= rows.start) & (body[:, 1] <= rows.stop)
         cut.append((body - (columns.start, rows.start, 0)) * inside[:, None])
     return [body for body in cut if (body[:, 2] > 0).any()]
-
-
-def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture (H,W,3) float32 0..1 in another size: Lanczos where it grows, area averages where it shrinks."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    import cv2
-
-    grows = height * width > picture.shape[0] * picture.shape[1]
-    kind = cv2.INTER_LANCZOS4 if grows else cv2.INTER_AREA
-    return np.asarray(cv2.resize(picture, (width, height), interpolation=kind)).clip(0, 1)

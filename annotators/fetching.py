@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import logging
 import os
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .images import AnnotatorError
-from .networks import File, Network
+from .networks import File, Network, checksum
 
 Progress = Callable[[int, int], None]
 """Told how many bytes of how many are here; may raise, which stops the download: the next one goes on from there."""
@@ -154,7 +153,7 @@ def _download(
                 )
             stream.flush()
             os.fsync(stream.fileno())
-        if part.stat().st_size != offer.size or offer.sha256 not in (None, _sha256(part)):
+        if part.stat().st_size != offer.size or offer.sha256 not in (None, checksum(part)):
             part.unlink()
             raise AnnotatorError(_by_hand(network, offer.file, folders, "what came has another size or checksum"))
         part.replace(path)
@@ -178,14 +177,6 @@ class _Part(io.BufferedRandom):
         written = super().write(data)
         self._progress(self.tell())
         return written
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:

@@ -1,4 +1,4 @@
-"""Soft edges by HED, and the scribbles that are made of them."""
+"""Soft edges by HED and TEED, and the scribbles that are made of them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ def hed(network: nn.Module, image: np.ndarray, safe: bool = True) -> np.ndarray:
     """
     from .networks.hed import edges
 
-    seen = edges(network, image)
-    if safe:
-        seen = (np.floor(seen * (SAFE_STEPS + 1)) / SAFE_STEPS).clip(max=1)
-    return grey(seen)
+    return grey(_levels(edges(network, image), safe))
+
+
+def teed(network: nn.Module, image: np.ndarray, safe: bool = True) -> np.ndarray:
+    """Soft edges by TEED, thinner and with more detail than those of `hed`; shapes, `safe` and errors as there."""
+    from .networks.teed import edges
+
+    return grey(_levels(edges(network, image), safe))
 
 
 def scribble_hed(network: nn.Module, image: np.ndarray, safe: bool = True, threshold: float = 127.0) -> np.ndarray:
@@ -49,6 +53,11 @@ def scribble_hed(network: nn.Module, image: np.ndarray, safe: bool = True, thres
     """
     soft = hed(network, image, safe)
     return np.stack([_strokes(one, threshold) for one in soft]) if soft.ndim == 4 else _strokes(soft, threshold)
+
+
+def _levels(edges: np.ndarray, safe: bool) -> np.ndarray:
+    """The edges, or with `safe` their levels: black, grey and white."""
+    return (np.floor(edges * (SAFE_STEPS + 1)) / SAFE_STEPS).clip(max=1) if safe else edges
 
 
 def _strokes(soft: np.ndarray, threshold: float) -> np.ndarray:
@@ -66,9 +75,6 @@ def _strokes(soft: np.ndarray, threshold: float) -> np.ndarray:
 
 _SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint texture comes through.")
 
-
-_SAFE = Parameter("safe", "Soft edges of black, grey and white alone: no faint texture comes through.")
-
 RECORDS = (
     Annotator("hed", hed, (_SAFE,), networks=("hed",), multiple=PADDED, batched=True),
     Annotator(
@@ -79,4 +85,5 @@ RECORDS = (
         multiple=PADDED,
         batched=True,
     ),
+    Annotator("teed", teed, (_SAFE,), networks=("teed",), multiple=PADDED, batched=True),
 )

@@ -71,19 +71,27 @@ def pad_to_multiple(image: np.ndarray, multiple: int = PADDED) -> np.ndarray:
 
 
 def resize_short_side(image: np.ndarray, resolution: int) -> np.ndarray:
-    """The picture (H,W,3) with its shorter side at `resolution` pixels, aspect kept; 0 keeps it as it is.
+    """The picture (H,W,3), `resized` to a shorter side of `resolution` pixels, aspect kept; 0 keeps it as it is."""
+    scale = resolution / min(image.shape[:2]) if resolution else 1.0
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return resized(image, height, width)
 
-    Lanczos when it grows and area averages when it shrinks, as the published preprocessors do.
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture (H,W,3), 0..1 or uint8, in another size: cubic where it grows, area averages where it shrinks.
+
+    As the preprocessors of Mikubill/sd-webui-controlnet and Fannovel16/comfyui_controlnet_aux; those of lllyasviel/
+    ControlNet and controlnet-aux take Lanczos, which rings, where it grows.
     """
-    height, width = image.shape[:2]
-    if resolution == 0 or min(height, width) == resolution:
+    if image.shape[:2] == (height, width):
         return image
     import cv2
 
-    scale = resolution / min(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    resized = cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4 if scale > 1 else cv2.INTER_AREA)
-    return np.clip(resized, 0, 255 if image.dtype == np.uint8 else 1)
+    grows = height * width > image.shape[0] * image.shape[1]
+    how = cv2.INTER_CUBIC if grows else cv2.INTER_AREA
+    return np.asarray(cv2.resize(image, (width, height), interpolation=how)).clip(
+        0, 255 if image.dtype == np.uint8 else 1
+    )
 
 
 def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,11 +1,16 @@
-"""Inpaint hint: the picture with what is to be painted anew marked by a number that no picture has, or by black."""
+"""Inpaint hints: the picture with what is to be painted anew marked by a number, or filled by LaMa."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import Annotator, Parameter
-from .images import AnnotatorError
+from .images import AnnotatorError, fit_mask, pad_to_multiple, resize_short_side, resized
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def inpaint(image: np.ndarray, mask: np.ndarray, masked_value: float = -1.0) -> np.ndarray:
@@ -29,6 +34,27 @@ def inpaint(image: np.ndarray, mask: np.ndarray, masked_value: float = -1.0) -> 
     return hint
 
 
+def inpaint_lama(network: nn.Module, image: np.ndarray, mask: np.ndarray, detail: int = 512) -> np.ndarray:
+    """The picture (H,W,3) float32 0..1 where the mask (H,W), 0..1, is black, and what LaMa fills in where it is white.
+
+    It looks at the picture with a short side of `detail` pixels, or its own size if that is less, or `detail` is 0;
+    whatever the mask touches is a hole. In greys of the mask both are mixed. It was trained at 256 pixels, at which
+    Mikubill/sd-webui-controlnet shows it pictures (inpaint_only+lama), and stays good at several times that.
+    """
+    from .networks.lama import MULTIPLE, filled
+
+    height, width = image.shape[:2]
+    if not mask.any():
+        return image.astype(np.float32)
+    looked = resize_short_side(image, min(detail, height, width))
+    high, wide = looked.shape[:2]
+    hole = fit_mask(mask > 0, high, wide) > 0
+    padded = pad_to_multiple(looked, MULTIPLE), pad_to_multiple(hole[:, :, None], MULTIPLE)[:, :, 0]
+    found = resized(filled(network, *padded)[:high, :wide], height, width)
+    share = mask[:, :, None]
+    return (image * (1 - share) + found * share).astype(np.float32)
+
+
 RECORDS = (
     Annotator(
         "inpaint",
@@ -42,6 +68,21 @@ RECORDS = (
                 0.5,
             ),
         ),
+        reads_mask=True,
+    ),
+    Annotator(
+        "inpaint_lama",
+        inpaint_lama,
+        (
+            Parameter(
+                "detail",
+                "Short side in pixels at which the network looks: 256 is steadiest in large holes; 0: its own.",
+                0,
+                2048,
+                8,
+            ),
+        ),
+        networks=("lama",),
         reads_mask=True,
     ),
 )

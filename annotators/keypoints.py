@@ -67,6 +67,18 @@ def coco_to_openpose(joints: np.ndarray) -> np.ndarray:
     return body
 
 
+def person_of(points: np.ndarray) -> Person:
+    """The person of a body's points (N,3): OpenPose's 18, BODY_25's 25, COCO's 17, a whole body's 133 or 134."""
+    left = right = face = None
+    if len(points) in WHOLE_BODIES:
+        points, _, face, left, right = np.split(points, np.cumsum((WHOLE_BODIES[len(points)], 6, 68, 21)))
+    if len(points) == 17:
+        points = coco_to_openpose(points)
+    elif len(points) == 25:
+        points = points[list(BODY_25_OF_OPENPOSE)]
+    return Person(points, left, right, face)
+
+
 def openpose_to_coco(joints: np.ndarray) -> np.ndarray:
     """COCO's 17 joints (17,3) of OpenPose's 18 (18,3)."""
     return np.asarray(joints, np.float32)[[OPENPOSE_JOINTS.index(name) for name in COCO_JOINTS]]
@@ -80,7 +92,7 @@ def read_frames(given: Any) -> list[Any] | None:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AnnotatorError(
                 f"pose_keypoints is text and no JSON ({error}): connect keypoints, or a file"
             ) from error
@@ -176,16 +188,13 @@ def _read_person(person: Any, threshold: float) -> Person:
     left = _part(person, "hand_left_keypoints_2d", (21,), threshold)
     right = _part(person, "hand_right_keypoints_2d", (21,), threshold)
     face = _part(person, "face_keypoints_2d", (68, 70), threshold)
-    if body is not None and len(body) in WHOLE_BODIES:
-        body, _, whole_face, whole_left, whole_right = np.split(body, np.cumsum((WHOLE_BODIES[len(body)], 6, 68, 21)))
-        left = whole_left if left is None else left
-        right = whole_right if right is None else right
-        face = whole_face if face is None else face
-    if body is not None and len(body) == 17:
-        body = coco_to_openpose(body)
-    elif body is not None and len(body) == 25:
-        body = body[list(BODY_25_OF_OPENPOSE)]
-    return Person(body, left, right, face)
+    whole = Person(None) if body is None else person_of(body)
+    return Person(
+        whole.body,
+        whole.left_hand if left is None else left,
+        whole.right_hand if right is None else right,
+        whole.face if face is None else face,
+    )
 
 
 def _part(person: Mapping[str, Any], name: str, sizes: tuple[int, ...], threshold: float) -> np.ndarray | None:

@@ -7,6 +7,9 @@ import numpy as np
 from . import Annotator, Parameter
 from .images import AnnotatorError, to_bytes
 
+ALONG = 22.5
+"""Degrees by which an edge may turn off a line that it is part of; those of LSD (von Gioi et al. 2010)."""
+
 
 def hough_lines(
     image: np.ndarray,
@@ -17,13 +20,15 @@ def hough_lines(
     length: int = 25,
     gap: int = 3,
     seed: int = 0,
+    agreement: float = 0.5,
 ) -> np.ndarray:
     """The Hough lines of an RGB image (H,W,3), float 0..1 or uint8, as (H,W,3) float32 0..1.
 
     scikit-image's probabilistic Hough transform on the Canny edges with thresholds `low` and `high` (0..255) of the
     picture under a Gaussian of `smoothing` pixels, 0 for none: hair and cloth would else give lines in all directions.
     A line needs `votes` edge pixels, is `length` pixels long or longer and bridges gaps of `gap` pixels. Edge pixels
-    are taken in a random order: `seed` says in which.
+    are taken in a random order: `seed` says in which. In grass and foliage some lie in a row by chance: a line is kept
+    where at least the part `agreement` of its pixels are edges that run as it does, 0 keeps all.
     """
     import cv2
     from skimage.transform import probabilistic_hough_line
@@ -33,7 +38,30 @@ def hough_lines(
         pixels = cv2.GaussianBlur(pixels, (0, 0), smoothing)
     edges = cv2.Canny(pixels, low, high) > 0
     segments = probabilistic_hough_line(edges, threshold=votes, line_length=length, line_gap=gap, rng=seed)
-    return draw_segments(np.asarray(segments, np.float64).reshape(-1, 4), *image.shape[:2])
+    segments = np.asarray(segments, np.int64).reshape(-1, 4)
+    if agreement > 0:
+        right, down = _slopes(pixels)
+        segments = segments[[_agreement(segment, edges, right, down) >= agreement for segment in segments]]
+    return draw_segments(segments, *image.shape[:2])
+
+
+def _slopes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How brightness (H,W,3) changes to the right and down, (H,W) each, in the channel where it changes most."""
+    import cv2
+
+    right, down = (cv2.Sobel(pixels, cv2.CV_32F, along, 1 - along, ksize=3) for along in (1, 0))
+    strongest = (np.abs(right) + np.abs(down)).argmax(axis=2)[:, :, None]
+    return np.take_along_axis(right, strongest, 2)[:, :, 0], np.take_along_axis(down, strongest, 2)[:, :, 0]
+
+
+def _agreement(segment: np.ndarray, edges: np.ndarray, right: np.ndarray, down: np.ndarray) -> float:
+    """The part of a segment's pixels that are edges across which brightness changes, within ALONG degrees."""
+    (x0, y0), (x1, y1) = segment[:2], segment[2:]
+    count = int(max(abs(x1 - x0), abs(y1 - y0))) + 1
+    x, y = np.rint(np.linspace((x0, y0), (x1, y1), count)).astype(int).T
+    across = np.abs(right[y, x] * (y1 - y0) - down[y, x] * (x1 - x0))
+    whole = np.hypot(right[y, x], down[y, x]) * np.hypot(x1 - x0, y1 - y0)
+    return float((edges[y, x] & (across > np.cos(np.radians(ALONG)) * whole)).mean())
 
 
 def lsd(image: np.ndarray, length: int = 20) -> np.ndarray:
@@ -80,6 +108,7 @@ RECORDS = (
             Parameter("length", "Shortest line, in pixels.", 1, 1000, 1),
             Parameter("gap", "Widest gap in a line, in pixels.", 0, 100, 1),
             Parameter("seed", "The transform takes edge pixels in a random order: this one.", 0, 2147483647, 1),
+            Parameter("agreement", "Part of a line's pixels whose edges run as it does, at least; 0 keeps all lines."),
         ),
     ),
     Annotator(

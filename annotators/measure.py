@@ -17,19 +17,23 @@ from .keypoints import OPENPOSE_JOINTS
 SCORES: dict[str, tuple[str, ...]] = {
     "edges": (
         "canny", "hough_lines", "lsd", "hed", "mlsd", "scribble_xdog", "scribble_hed", "lineart_standard",
-        "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime",
+        "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime", "teed",
     ),
     "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe"),
     "normals": ("normal_midas", "normal_moge"),
     "segments": ("segments_ade20k", "segments_coco", "threshold"),
-    "pose": ("human_pose",),
+    "pose": ("human_pose", "dwpose"),
     "picture": ("superpixels", "tile", "blur", "luminance", "intensity", "color"),
 }  # fmt: skip
 """Annotators by the score that fits them."""
 UNMEASURED = {
     "scribble": "it reads drawings and a result is none: choose scribble_hed or scribble_xdog",
+    "invert": "it reads drawings and a result is none: choose one of the lineart annotators",
     "normal_from_depth": "it reads depth maps and a result is none: choose an annotator that finds normals",
     "inpaint": "it marks what is to be painted anew, which a result does not show",
+    "segments_sam2": "its colours name nothing: choose segments_ade20k or segments_coco",
+    "mask_sam2": "it marks what a mask points at, which a result does not show",
+    "inpaint_lama": "it fills what is to be painted anew, which a result does not show",
     "pose": "it draws keypoints and finds none: choose an annotator that finds people",
     "shuffle": "it keeps colours and leaves nothing where it was",
 }

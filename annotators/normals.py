@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import Annotator, Parameter
+from .images import AnnotatorError
 
 if TYPE_CHECKING:
     from transformers import DPTForDepthEstimation
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .networks.moge import MoGe
 
 GREY_LEVELS = 255.0
+COLOURFUL = 0.02
+"""How far channels lie apart, on average, in a picture that is not meant to be grey; what JPEG does stays below."""
 
 
 def normals_of_depth(
@@ -52,10 +55,15 @@ def normal_from_depth(
 
     The depth counts in grey levels, 0..255. A picture of 8 bits has steps of one, which would show as terraces: a
     Gaussian of `smoothing` pixels goes over them first, 0 for none. The others as in `normals_of_depth`; the
-    published strength, 2 pi, is rounded to what a widget shows.
+    published strength, 2 pi, is rounded to what a widget shows. Raises AnnotatorError for a picture with colours.
     """
     import cv2
 
+    if float(np.ptp(image, axis=2).mean()) > COLOURFUL:
+        raise AnnotatorError(
+            "image has colours, and a depth picture is grey: connect what a depth annotator made, or choose "
+            "normal_midas or normal_moge for a photograph"
+        )
     depth = image.mean(axis=2, dtype=np.float32) * GREY_LEVELS
     if smoothing > 0:
         depth = cv2.GaussianBlur(depth, (0, 0), smoothing)

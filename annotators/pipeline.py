@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -98,6 +99,20 @@ def draw(
         yield from annotator.draw(seen, **annotator.own(annotator.draw, parameters or {}))
 
 
+def covering(sides: tuple[int, ...], target: tuple[int, ...]) -> int:
+    """The resolution at which a picture of these sides (height, width) just covers a `target` of such sides.
+
+    What the control then sees is drawn at its own scale, neither enlarged nor shrunk (pixel perfect, as in Mikubill/
+    sd-webui-controlnet).
+    """
+    short = min(sides)
+    scales = [wanted / side for side, wanted in zip(sides, target)]
+    resolution = max(1, math.floor(short * max(scales)))
+    while any(round(side * resolution / short) < wanted for side, wanted in zip(sides, target)):
+        resolution += 1
+    return resolution
+
+
 def _read(
     annotator: Annotator, own: tuple[int, ...], size: tuple[int, ...], mask: np.ndarray | None, frame: Any
 ) -> dict[str, Any]:
@@ -105,7 +120,7 @@ def _read(
     given: dict[str, Any] = {}
     if annotator.reads_mask:
         if mask is None:
-            raise AnnotatorError("found no mask: connect one, white where to paint anew")
+            raise AnnotatorError("found no mask: connect one, white where to paint anew, or on what to mark")
         given["mask"] = fit_mask(mask, size[0], size[1])
     if annotator.reads_pose:
         if frame is None:

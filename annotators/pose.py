@@ -131,15 +131,7 @@ def pose(
     for a frame that cannot be read (`keypoints.read_frame`).
     """
     height, width = image.shape[:2]
-    shown = [
-        Person(
-            person.body if body else None,
-            person.left_hand if hands else None,
-            person.right_hand if hands else None,
-            person.face if face else None,
-        )
-        for person in read_frame(frame, height, width, threshold)
-    ]
+    shown = _shown(read_frame(frame, height, width, threshold), body, hands, face)
     return draw_people(shown, height, width, style=style, xinsir_sticks=xinsir_sticks)
 
 
@@ -164,6 +156,42 @@ def human_pose(
     people = find(detector, estimator, image, detection_threshold, keypoint_threshold)
     drawn = draw_people(people, height, width, style=style, xinsir_sticks=xinsir_sticks)
     return drawn, write_frame(people, height, width)
+
+
+def dwpose(
+    detector: Any,
+    estimator: Any,
+    image: np.ndarray,
+    detection_threshold: float = 0.3,
+    keypoint_threshold: float = 0.3,
+    body: bool = True,
+    hands: bool = True,
+    face: bool = True,
+    xinsir_sticks: bool = False,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """As `human_pose`, by a network that finds hands and faces, too: `body`, `hands` and `face` say what is drawn.
+
+    The frame has all that was found.
+    """
+    from .networks.people import find_whole
+
+    height, width = image.shape[:2]
+    people = find_whole(detector, estimator, image, detection_threshold, keypoint_threshold)
+    drawn = draw_people(_shown(people, body, hands, face), height, width, xinsir_sticks=xinsir_sticks)
+    return drawn, write_frame(people, height, width)
+
+
+def _shown(people: Sequence[Person], body: bool, hands: bool, face: bool) -> list[Person]:
+    """The people with those of their parts that are to be drawn."""
+    return [
+        Person(
+            person.body if body else None,
+            person.left_hand if hands else None,
+            person.right_hand if hands else None,
+            person.face if face else None,
+        )
+        for person in people
+    ]
 
 
 def _draw_body(canvas: np.ndarray, body: np.ndarray, zoom: int, stick: int, radius: int) -> None:
@@ -222,6 +250,11 @@ XINSIR_STICKS = Parameter(
     "xinsir_sticks", "Wider limbs, as xinsir's SDXL openpose ControlNet was trained; for style openpose."
 )
 
+THRESHOLDS = (
+    Parameter("detection_threshold", "Whom the detector is less sure to be a person is left out."),
+    Parameter("keypoint_threshold", "A joint of which the network is less sure than this is left out."),
+)
+
 RECORDS = (
     Annotator(
         "pose",
@@ -240,12 +273,25 @@ RECORDS = (
         "human_pose",
         human_pose,
         (
-            Parameter("detection_threshold", "Whom the detector is less sure to be a person is left out."),
-            Parameter("keypoint_threshold", "A joint of which the network is less sure than this is left out."),
+            *THRESHOLDS,
             STYLE,
             XINSIR_STICKS,
         ),
         networks=("person_detector", "pose_estimator"),
+        packages=("transformers",),
+        gives_pose=True,
+    ),
+    Annotator(
+        "dwpose",
+        dwpose,
+        (
+            *THRESHOLDS,
+            Parameter("body", "Draw bodies."),
+            Parameter("hands", "Draw hands."),
+            Parameter("face", "Draw faces."),
+            XINSIR_STICKS,
+        ),
+        networks=("person_detector", "whole_pose_estimator"),
         packages=("transformers",),
         gives_pose=True,
     ),

@@ -107,7 +107,15 @@ def their_pose(folder: Path, device: str) -> Run:  # noqa: ARG001  (nothing to l
     return run
 
 
-HED = ("ControlNetHED.pth",)
+def their_teed(folder: Path, device: str) -> Run:
+    """Their TEED, which knows no name of a file and no size but the picture's."""
+    from controlnet_aux import TEEDdetector
+
+    made: Any = TEEDdetector.from_pretrained(str(folder), *TEED).to(device)
+    return lambda image: made(image, detect_resolution=min(image.shape[:2]), output_type="np")
+
+
+HED, TEED = ("ControlNetHED.pth",), ("5_model.pth",)
 CASES = (
     Case("canny", annotator("canny"), detector("CannyDetector")),
     Case("pose drawing", our_pose, their_pose),
@@ -122,6 +130,7 @@ CASES = (
     ),
     Case("lineart_anime", annotator("lineart_anime"), detector("LineartAnimeDetector"), ("netG.pth",)),
     Case("mlsd", annotator("mlsd"), detector("MLSDdetector"), ("mlsd_large_512_fp32.pth",)),
+    Case("teed", annotator("teed"), their_teed, TEED),
 )
 
 

@@ -67,12 +67,22 @@ def _mlsd() -> dict[str, Tensor]:
     return weights | {"block23.conv3.bias": bias}
 
 
+def _teed() -> dict[str, Tensor]:
+    from controlnet_aux.teed.ted import TED
+
+    weights = seeded(TED())
+    # As for HED: what becomes a logit is small.
+    last = ("up_block_1.features.2", "up_block_2.features.2", "up_block_3.features.5", "block_cat")
+    return weights | {key: value * 0.1 for key, value in weights.items() if key.startswith(last)}
+
+
 FILES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "ControlNetHED.pth": _hed,
     "sk_model.pth": functools.partial(_lineart, 0),
     "sk_model2.pth": functools.partial(_lineart, 1),
     "netG.pth": _anime,
     "mlsd_large_512_fp32.pth": _mlsd,
+    "5_model.pth": _teed,
 }
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .limits import BLOCKS
+
 State = Mapping[str, Tensor]
 Weights = dict[str, Tensor]
 
@@ -45,10 +47,12 @@ def some(*, starts: str = "", contains: str = "", ends: str = "") -> Condition:
 def numbered(state: State, prefix: str) -> int:
     """How many children with numbers there are under `prefix`: one more than the highest number, 0 for none.
 
-    With the keys `blocks.0.weight` and `blocks.11.0.bias`, `blocks.` has 12.
+    With the keys `blocks.0.weight` and `blocks.11.0.bias`, `blocks.` has 12. A number from `limits.BLOCKS` up is none:
+    whoever counts to it would never end.
     """
-    numbers = (key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix))
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+    digits = (key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix))
+    numbers = (int(number) for number in digits if number.isdecimal() and len(number) <= len(str(BLOCKS)))
+    return max((number + 1 for number in numbers if number < BLOCKS), default=0)
 
 
 def renamed(state: State, names: Mapping[str, str]) -> Weights:

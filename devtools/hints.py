@@ -1,14 +1,14 @@
-"""`dev.py hints`: what every annotator makes of one photograph, as pictures for README and for the eye.
+"""`dev.py hints`: what every annotator makes of three photographs, as pictures for the docs and for the eye.
 
-The photograph is NASA's portrait of Eileen Collins, which scikit-image ships (public domain). Annotators with networks
-run where their weights are found, and are named where not: no picture is faked.
+scikit-image ships them: NASA's portrait of Eileen Collins (public domain), a cat and a cup of coffee (both CC0).
+Annotators with networks run where their weights are found, and are named where not: no picture is faked.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,13 @@ from ..annotators.keypoints import COCO_JOINTS, Person, coco_to_openpose, write_
 from ..annotators.networks import NETWORKS
 from ..lab.sheet import contact_sheet
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 SIDE = 512
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
+"""By their names in scikit-image; the first is the one of the single pictures, and has joints."""
+READS_NO_PHOTOGRAPH = {"normal_from_depth": "a depth map", "scribble": "a drawing", "invert": "a drawing"}
 
 JOINTS = {
     "nose": (225, 117),
@@ -36,7 +42,7 @@ JOINTS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Write NAME.jpg for each hint and all.jpg for them together into a folder; say which were left out, and why."""
+    """Write NAME.jpg for each hint and a sheet for each photograph into a folder; say which were left out, and why."""
     import skimage.data
     from PIL import Image
 
@@ -47,29 +53,48 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     chosen.output.mkdir(parents=True, exist_ok=True)
 
-    photograph = skimage.data.astronaut()
-    pictures = {"photograph": photograph / 255.0}
+    loaded: dict[str, list[Any]] = {}
     for annotator in ANNOTATORS:
         networks = _networks(annotator, chosen.weights)
         if networks is None:
             print(f"{annotator.name}: left out, its weights are in none of the folders named by --weights")
-        elif annotator.name == "normal_from_depth":
-            print(f"{annotator.name}: left out, it reads a depth map and no photograph")
+        elif annotator.name in READS_NO_PHOTOGRAPH:
+            print(f"{annotator.name}: left out, it reads {READS_NO_PHOTOGRAPH[annotator.name]} and no photograph")
         else:
+            loaded[annotator.name] = networks
+    for photograph in PHOTOGRAPHS:
+        picture = _square(getattr(skimage.data, photograph)())
+        first = photograph == PHOTOGRAPHS[0]
+        pictures = {"photograph": picture / 255.0}
+        for annotator in (one for one in ANNOTATORS if one.name in loaded and (first or not one.reads_pose)):
             for name, parameters in _variants(annotator):
-                pictures[name] = _hint(annotator, photograph, networks, parameters)
-                print(f"{name}: made")
-    small = {name: _shrunk(picture, chosen.side) for name, picture in pictures.items()}
-    for name, picture in small.items():
-        Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(chosen.output / f"{name}.jpg", quality=88)
-    columns = {name: picture[None] for name, picture in small.items()}
+                pictures[name] = _hint(annotator, picture, loaded[annotator.name], parameters)
+        small = {name: _shrunk(hint, chosen.side) for name, hint in pictures.items()}
+        for name, hint in small.items() if first else ():
+            Image.fromarray(np.rint(hint * 255).astype(np.uint8)).save(chosen.output / f"{name}.jpg", quality=88)
+        _sheet(small).save(chosen.output / f"all_{photograph}.jpg", quality=85)
+        print(f"{photograph}: {', '.join(list(small)[1:])}")
+    return 0
+
+
+def _square(photograph: np.ndarray) -> np.ndarray:
+    """Its middle."""
+    height, width = photograph.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return photograph[top : top + side, left : left + side]
+
+
+def _sheet(pictures: dict[str, np.ndarray]) -> Image.Image:
+    """The pictures in rows of six, with their names."""
+    from PIL import Image
+
+    columns = {name: picture[None] for name, picture in pictures.items()}
     rows = [dict(list(columns.items())[i : i + 6]) for i in range(0, len(columns), 6)]
     sheets = [np.asarray(contact_sheet(row)) for row in rows]
     wide = max(sheet.shape[1] for sheet in sheets)
     padded = [np.pad(sheet, ((0, 0), (0, wide - sheet.shape[1]), (0, 0)), constant_values=255) for sheet in sheets]
-    Image.fromarray(np.concatenate(padded)).save(chosen.output / "all.jpg", quality=85)
-    print(f"{len(small)} pictures in {chosen.output}")
-    return 0
+    return Image.fromarray(np.concatenate(padded))
 
 
 def _variants(annotator: Annotator) -> list[tuple[str, dict[str, Any]]]:

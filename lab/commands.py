@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..controlnet_core.errors import ZeroConvError
 from . import train
 from .claims import claim as claims
 from .claims import runs
@@ -43,7 +44,7 @@ FOLLOWS = 0.6
 """IoU from which one picture is said to follow its hint: midway between no control (0.40) and a good one (0.80)."""
 
 
-class CommandError(ValueError):
+class CommandError(ZeroConvError):
     """A command was given something that it cannot use."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..controlnet_core.data.sources import SourceError
 from ..controlnet_core.files.writing import replacing
 from .dataset import HELD_OUT
 from .hints import canny_hint, depth_hint, pose_hint
@@ -53,8 +54,11 @@ def _known(path: Path) -> dict[str, str]:
     """The prompt of each picture that a list names."""
     if not path.is_file():
         return {}
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {record["target"]: record["prompt"] for record in records}
+    try:
+        records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return {record["target"]: record["prompt"] for record in records}
+    except (ValueError, LookupError, TypeError) as error:
+        raise SourceError(f"{path} is no list of scenes ({error}): delete it, or choose another name") from error
 
 
 def _save(path: Path, picture: np.ndarray) -> None:

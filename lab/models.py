@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..controlnet_core.errors import ZeroConvError
 from ..controlnet_core.networks.unet import UNetConfig
 from .text_encoder import WIDTH
 
@@ -25,7 +26,7 @@ SIZE = 128
 """Side in pixels of the pictures that the model was trained on."""
 
 
-class MissingWeights(FileNotFoundError):
+class MissingWeights(ZeroConvError):
     """A file of the embedded model is not there."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..controlnet_core.diffusion import alphas_cumprod, guide, sample_ddim
 from ..controlnet_core.dosing.piece import parts
 from ..controlnet_core.dosing.strength import Guidance, Strength
+from ..controlnet_core.errors import ZeroConvError
 from ..controlnet_core.networks.controlnet import ControlNet
 from ..controlnet_core.networks.lite import ControlNetLite
 from ..controlnet_core.networks.residuals import Residuals
@@ -25,7 +26,7 @@ STEPS, GUIDANCE_SCALE = 20, 3.0
 """Sampling steps and guidance scale that the lab is judged with."""
 
 
-class PipelineError(ValueError):
+class PipelineError(ZeroConvError):
     """Something to sample from that does not fit together."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..controlnet_core.errors import ZeroConvError
 from .figure import KEYPOINT_NAMES, capsules, joints
 from .scene import FIGURE_ID, SOLID_IDS, Scene
 from .shade import COLOUR_VALUES, SKIN, shade
@@ -17,7 +18,7 @@ CREASE = 0.8
 """Neighbouring normals with a smaller dot product than this count as an edge."""
 
 
-class RenderError(ValueError):
+class RenderError(ZeroConvError):
     """A picture was asked for that the lab cannot draw."""
 
 

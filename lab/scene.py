@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..controlnet_core.errors import ZeroConvError
 from .figure import Capsule, Figure, Limb, capsules, joints
 from .trace import Box, Camera, Cone, Cylinder, Hits, Shape, bounds, pixel_centres, trace
 from .vocabulary import COLOURS, GROUNDS, SOLIDS
@@ -20,7 +21,7 @@ FIGURE_VISIBLE, SOLID_VISIBLE = 0.8, 0.55
 MARGIN = 0.02
 
 
-class SceneError(ValueError):
+class SceneError(ZeroConvError):
     """A scene was asked for that the lab cannot make."""
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from ..controlnet_core.errors import ZeroConvError
+
 START, END, LENGTH = 49406, 49407, 77
 
 COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
@@ -29,7 +31,7 @@ INSUFFICIENT_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt that says nothing about the picture (section 4.2)."""
 
 
-class UnknownWord(ValueError):
+class UnknownWord(ZeroConvError):
     """A prompt holds a word that the embedded text encoder has no token for."""
 
 

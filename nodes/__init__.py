@@ -6,6 +6,7 @@ from .annotate import Annotate
 from .apply import ApplyControl, ApplyControlToPrompt, StackControls
 from .dataset import LabScenes, MakeControlDataset
 from .dosing import ControlBlockWeights, ControlSchedule
+from .gate import gated
 from .inspect import InspectControl
 from .lab import LabScene, LoadLabModel
 from .load import LoadControlNet
@@ -15,23 +16,26 @@ from .save import NewControlNet, SaveControlNet
 from .train import TrainControlNet, TrainingOptions
 
 NODES = [
-    LoadControlNet,
-    Annotate,
-    ApplyControl,
-    ApplyControlToPrompt,
-    StackControls,
-    ControlSchedule,
-    ControlBlockWeights,
-    RecordControl,
-    ControlReport,
-    MeasureControl,
-    InspectControl,
-    NewControlNet,
-    SaveControlNet,
-    LoadLabModel,
-    LabScene,
-    LabScenes,
-    MakeControlDataset,
-    TrainControlNet,
-    TrainingOptions,
+    gated(node)
+    for node in (
+        LoadControlNet,
+        Annotate,
+        ApplyControl,
+        ApplyControlToPrompt,
+        StackControls,
+        ControlSchedule,
+        ControlBlockWeights,
+        RecordControl,
+        ControlReport,
+        MeasureControl,
+        InspectControl,
+        NewControlNet,
+        SaveControlNet,
+        LoadLabModel,
+        LabScene,
+        LabScenes,
+        MakeControlDataset,
+        TrainControlNet,
+        TrainingOptions,
+    )
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,12 +14,17 @@ from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
 from ..annotators.keypoints import read_frames
-from ..annotators.pipeline import draw
+from ..annotators.pipeline import covering, draw
 from .host import annotators as host_annotators
+from .host import given
 from .host.progress import steps
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
+PIXEL_PERFECT = -1
+"""As `resolution`: that of the latent."""
+LATENT_CELL = 8
+"""Pixels of a side that one of a Stable Diffusion latent stands for."""
 AT_ONCE = 8 * 512**2
 """Pixels of the pictures that a network looks at together."""
 
@@ -43,19 +48,24 @@ class Annotate(io.ComfyNode):
                 io.Int.Input(
                     "resolution",
                     default=512,
-                    min=0,
+                    min=PIXEL_PERFECT,
                     max=8192,
-                    step=8,
-                    tooltip="Short side of the hint in pixels; 0 keeps the image's own size.",
+                    tooltip="Short side of the hint in pixels; 0 keeps the image's own size, and -1 covers the latent.",
                 ),
-                *(_input(annotator, parameter) for annotator, parameter in PARAMETERS),
+                *(widget(annotator, parameter) for annotator, parameter in PARAMETERS),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The hint is kept where this is white, black elsewhere; inpaint: white is painted anew.",
+                    tooltip="The hint is kept where this is white, black elsewhere; inpaint: white is painted anew, or "
+                    "filled; mask_sam2: a dot on what to mark.",
                 ),
                 PoseKeypoint.Input(
                     "pose_keypoints", optional=True, tooltip="The people that pose draws; all others hand it on."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="What is sampled: the hint becomes as large where resolution is -1.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="hint"), PoseKeypoint.Output(display_name="pose_keypoints")],
@@ -70,20 +80,23 @@ class Annotate(io.ComfyNode):
         resolution: int,
         mask: torch.Tensor | None = None,
         pose_keypoints: Any = None,
+        latent: dict[str, Any] | None = None,
         **parameters: Any,
     ) -> io.NodeOutput:
         (chosen,) = (entry for entry in ANNOTATORS if entry.name == annotator)
-        own = {p.name: parameters.get(f"{annotator}_{p.name}", p.default) for p in chosen.parameters}
-        if len(image) == 0:
+        own = own_parameters(chosen, parameters)
+        if image.numel() == 0:
             raise AnnotatorError(f"image is an empty batch of shape {tuple(image.shape)}: connect at least one picture")
+        if resolution == PIXEL_PERFECT:
+            resolution = as_large(image, latent)
         networks = cache(lambda: host_annotators.networks(chosen.networks, cls.hidden.unique_id))
-        masks = each(None if mask is None else mask.reshape(-1, *mask.shape[-2:]), len(image), "masks")
+        masks = each(given.mask(mask), len(image), "masks")
         frames = (
-            each(read_frames(pose_keypoints), len(image), "frames of pose_keypoints")
+            each(given.people(read_frames(pose_keypoints)), len(image), "frames of pose_keypoints")
             if chosen.reads_pose
             else [None] * len(image)
         )
-        masks = [None if mask is None else mask.float().cpu().numpy() for mask in masks]
+        masks = [None if mask is None else mask[0].float().cpu().numpy() for mask in masks]
         together = max(1, AT_ONCE // image[0, :, :, 0].numel()) if chosen.batched else 1
         pictures, found, run = image.float().cpu().numpy(), [], object()
 
@@ -108,7 +121,17 @@ class Annotate(io.ComfyNode):
         return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))
 
 
-def _input(annotator: Annotator, parameter: Parameter) -> Any:
+def as_large(image: torch.Tensor, latent: dict[str, Any] | None) -> int:
+    """The resolution at which images (B,H,W,C) cover the latent. Raises AnnotatorError where there is none."""
+    if latent is None:
+        raise AnnotatorError(
+            "resolution is -1, the latent's size, and found no latent: connect the one that is sampled"
+        )
+    height, width = (side * LATENT_CELL for side in latent["samples"].shape[-2:])
+    return covering(tuple(image.shape[1:3]), (height, width))
+
+
+def widget(annotator: Annotator, parameter: Parameter) -> Any:
     """The widget of one parameter. Optional: a workflow that was saved before an annotator came stays valid."""
     name, default = f"{annotator.name}_{parameter.name}", parameter.default
     said: dict[str, Any] = {"default": default, "optional": True, "tooltip": parameter.tooltip}
@@ -122,10 +145,15 @@ def _input(annotator: Annotator, parameter: Parameter) -> Any:
     return io.Float.Input(name, min=parameter.minimum, max=parameter.maximum, step=parameter.step, **said)
 
 
-def each(given: Any, count: int, what: str) -> list[Any]:
-    """One of `given` for each picture: there is one for all, or as many; `None` for each when there is none."""
-    if given is None:
+def own_parameters(annotator: Annotator, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a node's widgets that are the annotator's, by their own names; defaults for what is not there."""
+    return {p.name: given.get(f"{annotator.name}_{p.name}", p.default) for p in annotator.parameters}
+
+
+def each(found: Any, count: int, what: str) -> list[Any]:
+    """One of `found` for each picture: there is one for all, or as many; `None` for each when there is none."""
+    if found is None:
         return [None] * count
-    if len(given) not in (1, count):
-        raise AnnotatorError(f"{count} images came with {len(given)} {what}: connect one for all or one for each")
-    return [given[i % len(given)] for i in range(count)]
+    if len(found) not in (1, count):
+        raise AnnotatorError(f"{count} images came with {len(found)} {what}: connect one for all or one for each")
+    return [found[i % len(found)] for i in range(count)]

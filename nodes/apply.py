@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..controlnet_core.dosing.block_weights import BlockWeights
 from ..controlnet_core.dosing.schedule import Schedule
-from ..controlnet_core.dosing.strength import GUIDANCE, Guidance, Strength
+from ..controlnet_core.dosing.strength import GUIDANCE, MOST_REUSED, Guidance, Strength
 from ..controlnet_core.dosing.window import UNITS, Unit, Window
 from .host import attach as host_attach
+from .host import given
 from .host import stack as host_stack
+from .host.control import ControlError
 from .host.resize import RESIZES, Resize
 
 STACK = io.Custom("CONTROL_NET_STACK")
@@ -76,6 +78,16 @@ def _control_inputs(required: bool) -> list[Any]:
     ]
 
 
+REUSE_INPUT = io.Float.Input(
+    "reuse",
+    optional=True,
+    default=0.0,
+    min=0.0,
+    max=MOST_REUSED,
+    step=0.05,
+    tooltip="Part of the steps at which this node's control is not computed but told from the steps before: 0.5 nearly "
+    "halves what it costs. 0: computed at every step.",
+)
 VAE_INPUT = io.Vae.Input("vae", optional=True, tooltip="For controls of another loader that read latents.")
 
 
@@ -95,6 +107,7 @@ class Inputs:
     mask: Tensor | None = None
     schedule: Schedule | None = None
     block_weights: BlockWeights | None = None
+    reuse: float = 0.0
 
     def entries(self) -> list[host_stack.Entry]:
         """The entries that these inputs describe, those of the connected stack first."""
@@ -113,9 +126,9 @@ class Inputs:
             if self.stack is UNCONNECTED:
                 raise host_stack.StackError("nothing to apply: connect a control_net with its image, or a stack")
             return entries
-        mask = None if self.mask is None else self.mask.reshape(-1, 1, *self.mask.shape[-2:])
+        mask = given.mask(self.mask)
         window = Window(self.start, self.end, self.unit)
-        strength = Strength(self.strength, window, self.guidance, mask, self.schedule, self.block_weights)
+        strength = Strength(self.strength, window, self.guidance, mask, self.schedule, self.block_weights, self.reuse)
         return [*entries, host_stack.entry(self.control_net, self.image, strength, self.resize)]
 
 
@@ -130,12 +143,29 @@ class ApplyControl(io.ComfyNode):
             category="ZeroConv",
             description="Controls everything that the model samples, whatever the prompts. For upscalers that work in "
             "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, not this one's.",
-            inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT],
+            inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT, REUSE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Runs again, to say so, when the model of some such node goes where control would be lost.
+
+        The host tells this function neither its node nor the graph, and keeps what was made before the graph changed.
+        """
+        graph = host_attach.running_graph()
+        own = (name for name, node in graph.items() if node.get("class_type") == "ApplyControl")
+        return ", ".join(filter(None, (host_attach.lost_in(graph, name) for name in own)))
+
+    @classmethod
     def execute(cls, model: Any, vae: Any = None, **inputs: Any) -> io.NodeOutput:
+        lost = host_attach.lost_in(host_attach.running_graph(), cls.hidden.unique_id)
+        if lost:
+            raise ControlError(
+                f"the controlled model goes into {lost}, which takes nothing but weights of it, and control would be "
+                "lost: apply control behind the merge"
+            )
         controls = host_stack.controls(Inputs(**inputs).entries(), vae)
         return io.NodeOutput(host_attach.attach_to_model(model, controls))
 
@@ -155,6 +185,7 @@ class ApplyControlToPrompt(io.ComfyNode):
                 io.Conditioning.Input("negative"),
                 *_control_inputs(required=False),
                 VAE_INPUT,
+                REUSE_INPUT,
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -178,7 +209,7 @@ class StackControls(io.ComfyNode):
             display_name="Stack Controls (ZeroConv)",
             category="ZeroConv",
             description="Adds a control to a stack; their residuals add, as the paper composes several hints.",
-            inputs=_control_inputs(required=True),
+            inputs=[*_control_inputs(required=True), REUSE_INPUT],
             outputs=[STACK.Output(display_name="stack")],
         )
 

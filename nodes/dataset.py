@@ -33,7 +33,8 @@ class MakeControlDataset(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my_dataset",
-                    tooltip="The dataset's folder, below zeroconv/datasets of the output folder, or a whole path.",
+                    tooltip="The dataset's folder, below zeroconv/datasets of the output folder, or a whole path "
+                    "below it or below a folder that extra_model_paths.yaml names control_datasets.",
                 ),
                 io.Vae.Input("vae", tooltip="Of the model that will be trained on."),
                 io.Clip.Input("clip", tooltip="Of the model that will be trained on, with its LoRAs."),
@@ -148,7 +149,8 @@ class LabScenes(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="scenes",
-                    tooltip="The folder, below zeroconv/scenes of the output folder, or a whole path. Scenes that are "
+                    tooltip="The folder, below zeroconv/scenes of the output folder, or a whole path below it "
+                    "or below a folder that extra_model_paths.yaml names control_datasets. Scenes that are "
                     "there are not rendered again.",
                 ),
             ],

@@ -8,18 +8,22 @@ from comfy_api.latest import io, ui
 
 from ..controlnet_core.dosing.block_weights import LARGEST, PRESETS, SOFT, BlockWeights
 from ..controlnet_core.dosing.schedule import CURVES, SCHEDULE_UNITS, Schedule, ScheduleError, parse
+from ..controlnet_core.errors import ZeroConvError
+from ..controlnet_core.limits import WRITTEN
 from . import apply, pictures
 
 CUSTOM = "custom"
 FAMILIES = {12: "SD1.x, SD2.x: 12 skip connections and the middle", 9: "SDXL: 9 skip connections and the middle"}
 
 
-class NumbersError(ValueError):
+class NumbersError(ZeroConvError):
     """A text that is no list of numbers."""
 
 
 def _numbers(text: str, name: str) -> tuple[float, ...]:
     """The numbers in `text`, between commas, blanks or line ends; none in an empty text."""
+    if len(text) > WRITTEN:
+        raise NumbersError(f"{name} has {len(text)} characters, at most {WRITTEN} are read: leave numbers out")
     pieces = [piece for piece in re.split(r"[,\s]+", text) if piece]
     try:
         return tuple(float(piece) for piece in pieces)

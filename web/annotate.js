@@ -1,5 +1,5 @@
-// On the node Annotate only the parameters of the chosen annotator are shown. The others keep their values, are saved
-// and are sent as ever: hiding is all that happens here, and without this file the node works the same.
+// On the nodes Annotate and MeasureControl only the parameters of the chosen annotator are shown. The others keep their
+// values, are saved and are sent as ever: hiding is all that happens here, and without this file the nodes work the same.
 
 import { app } from "../../scripts/app.js";
 
@@ -66,7 +66,7 @@ function after(object, name, then) {
 app.registerExtension({
   name: "zeroconv.annotate",
   nodeCreated(node) {
-    if (node.comfyClass !== "Annotate") return;
+    if (!["Annotate", "MeasureControl"].includes(node.comfyClass)) return;
     choose(node);
     after(node.widgets.find((widget) => widget.name === "annotator"), "callback", () => choose(node));
     // A saved or copied node comes with the size that it had.

@@ -5,11 +5,14 @@ Nothing here is loaded before an annotator that needs it runs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from ..images import AnnotatorError
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,15 @@ class File:
     """One file of weights or settings in a repository of the Hugging Face hub.
 
     With a `sha256`, `size` is exact, in bytes, and both are checked; without, the hub's own checksum is, and `size`
-    only tells weights from a stump of them: anything from half of it on may be the file.
+    only tells weights from a stump of them: anything from half of it on may be the file. A `program` is TorchScript,
+    which may read and write files as well as multiply matrices: it needs a checksum, and is loaded with no other.
     """
 
     repository: str
     name: str
     size: int
     sha256: str | None = None
+    program: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,27 @@ class Network:
     commercial: bool = True
 
     def load(self, paths: Sequence[Path]) -> Any:
-        """The network of its files, which lie at these paths."""
+        """The network of its files, which lie at these paths.
+
+        Raises AnnotatorError for a program that is not the known one, wherever it came from.
+        """
+        for file, path in zip(self.files, paths, strict=True):
+            if file.program and (found := checksum(path)) != file.sha256:
+                raise AnnotatorError(
+                    f"{path} is a program with checksum {found}, and {file.name} of {file.repository} has "
+                    f"{file.sha256}: it is not run; delete it, so that the published file is fetched"
+                )
         module, function = self.build.split(":")
         return getattr(import_module(f".{module}", __package__), function)(*paths)
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _annotators(name: str, size: int, sha256: str) -> tuple[File]:
@@ -87,6 +110,13 @@ NETWORKS: tuple[Network, ...] = (
         "lineart:build_anime",
         _annotators("netG.pth", 217_631_959, "ccabdcc3f5cf3c07cf65d58776acb21df7dfda825cdc70c9766a93fd62bfc488"),
         "MIT (Mukosame/Anime2Sketch)",
+    ),
+    # Published as MIT; BIPED, on which it was trained, is offered for research.
+    Network(
+        "teed",
+        "teed:build",
+        (File("fal/teed", "5_model.pth", 248_000),),
+        "MIT (xavysp/TEED)",
     ),
     # -- depth, normals and segments ---------------------------------------------------------------------------------
     Network(
@@ -174,6 +204,31 @@ NETWORKS: tuple[Network, ...] = (
         ),
         "MIT",
     ),
+    # SA-1B, a part of what it was trained on, is offered for research.
+    Network(
+        "sam2_tiny",
+        "sam2:build",
+        (
+            File("facebook/sam2.1-hiera-tiny", "config.json", 2_000),
+            File("facebook/sam2.1-hiera-tiny", "model.safetensors", 156_000_000),
+        ),
+        "Apache-2.0",
+    ),
+    # Published as Apache-2.0; Places2, on which it was trained, is offered for research.
+    Network(
+        "lama",
+        "lama:build",
+        (
+            File(
+                "signature-ai/big-lama",
+                "big-lama.pt",
+                205_669_692,
+                "344c77bbcb158f17dd143070d1e789f38a66c04202311ae3a258ef66667a9ea9",
+                program=True,
+            ),
+        ),
+        "Apache-2.0 (advimman/lama)",
+    ),
     # -- pose --------------------------------------------------------------------------------------------------------
     Network(
         "person_detector",
@@ -193,6 +248,21 @@ NETWORKS: tuple[Network, ...] = (
             File("usyd-community/vitpose-base-simple", "model.safetensors", 344_000_000),
         ),
         "Apache-2.0",
+    ),
+    # Published as Apache-2.0; COCO-WholeBody and UBody, on which it was trained, are offered for research.
+    Network(
+        "whole_pose_estimator",
+        "people:build_whole_estimator",
+        (
+            File(
+                "hr16/DWPose-TorchScript-BatchSize5",
+                "dw-ll_ucoco_384_bs5.torchscript.pt",
+                135_059_124,
+                "d86a0b2b59fddc0901a7076e9f59c9f8602602133ed72511c693fd11eea23d91",
+                program=True,
+            ),
+        ),
+        "Apache-2.0 (IDEA-Research/DWPose)",
     ),
 )
 """Every network that an annotator may ask for."""

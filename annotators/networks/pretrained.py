@@ -21,19 +21,36 @@ if TYPE_CHECKING:
 UNUSED = ("criterion.", "neck.fusion_stage.layers.0.residual_layer1.", ".swin.layernorm.")
 """Parts of the names of weights that a file may lack: those of a training loss, of a fusion layer's part that has
 nothing to fuse, and of the norm after the last stage of a Swin that only gives its stages (transformers 5 makes it)."""
-TABLES = ("running_mean", "running_var", ".weight", ".bias")
-"""Ends of the names of tables, no parameters, that a file must have all the same: those of normalisations."""
+TABLES = ("running_mean", "running_var", ".weight", ".bias", "shared_image_embedding.positional_embedding")
+"""Ends of the names of tables, no parameters, that a file must have all the same: those of normalisations, and SAM 2's
+random frequencies."""
 TWICE = ("class_embed.", "bbox_embed.")
 """Weights of RT-DETR that are also called so behind "model.decoder.", the one name that transformers 5 has for them."""
 DTYPES = ("dtype", "torch_dtype")
 
 
-def build(make: type[Model], settings: type[PretrainedConfig], config: Path, weights: Path) -> Model:
+def classes(network: str, settings: str, since: str) -> tuple[Any, Any]:
+    """The classes of these names, which transformers has `since` a version of its own. Raises AnnotatorError."""
+    import transformers
+
+    if not hasattr(transformers, network):
+        family = settings.removesuffix("Config")
+        raise AnnotatorError(
+            f"transformers {transformers.__version__} has no {family}: update it with "
+            f"`python -m pip install --upgrade transformers`; {since} and newer have it"
+        )
+    return getattr(transformers, network), getattr(transformers, settings)
+
+
+def build(
+    make: type[Model], settings: type[PretrainedConfig], config: Path, weights: Path, also: tuple[str, ...] = ()
+) -> Model:
     """The network `make`, described by a config.json and filled from *.safetensors or *.bin: eval, fp32, CPU.
 
-    The file must hold every weight that the network reads. Keys beyond those are left out: published files have some
-    of what their training needed. Raises AnnotatorError for a config of another kind of network, for a file that is no
-    weights, and for missing or wrongly shaped weights, which it names.
+    The config may be that of `also` another type of network, which has this one as a part. The file must hold every
+    weight that the network reads. Keys beyond those are left out: published files have some of what their training
+    needed. Raises AnnotatorError for a config of another kind of network, for a file that is no weights, and for
+    missing or wrongly shaped weights, which it names.
     """
     try:
         # Made in fp32, whatever precision the config names for the network or for a part of it.
@@ -41,9 +58,9 @@ def build(make: type[Model], settings: type[PretrainedConfig], config: Path, wei
         kind = said.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise AnnotatorError(f"{config} cannot be read as a config.json: delete it, so that it is fetched") from error
-    if kind != settings.model_type:
+    if kind not in (settings.model_type, *also):
         raise AnnotatorError(f"{config} describes a network of type {kind}; expected {settings.model_type}")
-    described = settings.from_dict(said)
+    described = settings.from_dict({**said, "model_type": settings.model_type})
     described.dtype = torch.float32
     filled = {f"model.decoder.{key}" if key.startswith(TWICE) else key: w for key, w in read_weights(weights).items()}
     try:

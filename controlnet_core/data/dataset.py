@@ -17,12 +17,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .manifest import DatasetError, Manifest, damage, read_manifest
+from ..files.header import HeaderError
+from .manifest import DatasetError, Manifest, PromptFile, Shard, damage, read_manifest
+from .rows import Rows, opened
 
 Record = TypeVar("Record", bound=Any)
+
+LONGEST_CONTEXT = 12 * 77
+"""Tokens up to which contexts are repeated to a common length: 1, 2, 3, 4 and 6 chunks of CLIP's 77 go together."""
 
 TextEmbedding = tuple[Tensor, Tensor | None]
 """A prompt's context (T,C) and, for SDXL alone, pooled embedding (D,)."""
@@ -60,7 +64,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset in `folder`. Nothing is in memory but names and places: shards are mapped while they are read."""
+    """A dataset in `folder`. Nothing is in memory but names and places; a file is checked when it is first read."""
 
     folder: Path
     manifest: Manifest
@@ -70,18 +74,15 @@ class Dataset:
     def open(cls, folder: Path) -> Dataset:
         """The dataset in `folder`, as `caching.make` wrote it.
 
-        Raises DatasetError for a folder that holds none, one without items, and one whose files are missing or
-        damaged, naming them.
+        Raises DatasetError for a folder that holds none, one without items, and one whose files are missing or no
+        longer as long as they were, naming them.
         """
         manifest = read_manifest(folder)
         if manifest is None:
             raise DatasetError(f"{folder} holds no dataset (no manifest.json): make one with Make Control Dataset")
-        wrong = [said for part in (*manifest.prompts, *manifest.shards) if (said := damage(folder, part))]
+        wrong = [said for part in (*manifest.prompts, *manifest.shards) if (said := damage(folder, part, whole=False))]
         if wrong:
-            raise DatasetError(
-                f"{folder} is damaged: {'; '.join(wrong)}: make the dataset again into the same folder, which makes "
-                "anew what these files held and keeps the rest"
-            )
+            raise _damaged(folder, "; ".join(wrong))
         places = tuple(
             Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width)
             for shard in manifest.shards
@@ -165,7 +166,7 @@ class Dataset:
         hints = [row["hints"].expand(3, -1, -1) for row in rows]
         return Batch(
             latents=torch.stack([row["latents"] for row in rows]),
-            context=stack_contexts([context for context, _ in texts]),
+            context=stack_contexts([context for context, _ in texts], self.empty_prompt[0]),
             pooled=torch.stack(pooled) if pooled else None,
             sizes=torch.stack([row["sizes"] for row in rows]) if self.has_pooled else None,
             hints=torch.stack(hints).float() / 255,
@@ -181,11 +182,11 @@ class Dataset:
         rows: dict[int, dict[str, Tensor]] = {}
         names = ("latents", "hints", "prompts", *(("sizes",) if self.has_pooled else ()))
         for file in dict.fromkeys(place.file for place in places):
-            with self._mapped(file) as shard:
-                slices = {key: shard.get_slice(key) for key in names}
+            with self._opened(file) as shard:
                 for number, place in enumerate(places):
                     if place.file == file:
-                        rows[number] = {key: rows[place.row : place.row + 1][0] for key, rows in slices.items()}
+                        rows[number] = {key: shard.row(key, place.row) for key in names}
+                        _check_sizes(rows[number], place)
         return [rows[number] for number in range(len(places))]
 
     def _text_embeddings(self, prompts: Sequence[int]) -> list[TextEmbedding]:
@@ -195,10 +196,10 @@ class Dataset:
         for prompt in sorted(set(prompts)):
             by_file[self._file_of(prompt)].append(prompt)
         for name, own in by_file.items():
-            with self._mapped(name) as file:
+            with self._opened(name) as file:
                 for prompt in own:
-                    pooled = file.get_tensor(f"pooled.{prompt}").float() if self.has_pooled else None
-                    found[prompt] = file.get_tensor(f"context.{prompt}").float(), pooled
+                    pooled = file.tensor(f"pooled.{prompt}").float() if self.has_pooled else None
+                    found[prompt] = file.tensor(f"context.{prompt}").float(), pooled
         return [found[prompt] for prompt in prompts]
 
     @property
@@ -214,17 +215,23 @@ class Dataset:
     def _file_of(self, prompt: int) -> str:
         return self.manifest.prompts[bisect_right(self._starts, prompt) - 1].file
 
+    @cached_property
+    def _unseen(self) -> dict[str, Shard | PromptFile]:
+        """The files that have not been read yet."""
+        return {part.file: part for part in (*self.manifest.prompts, *self.manifest.shards)}
+
     @contextmanager
-    def _mapped(self, file: str) -> Iterator[Any]:
-        """A shard, mapped for as long as it is read: a mapped file cannot be replaced or deleted on Windows."""
+    def _opened(self, file: str) -> Iterator[Rows]:
+        """A file of the dataset, open for as long as it is read: Windows deletes and replaces none that is open."""
         try:
-            with safe_open(self.folder / file, framework="pt") as shard:
-                yield shard
-        except (OSError, SafetensorError) as error:
-            raise DatasetError(
-                f"{self.folder / file} cannot be read ({' '.join(str(error).split())}): make the dataset again into "
-                "the same folder"
-            ) from error
+            if file in self._unseen:
+                if wrong := damage(self.folder, self._unseen[file]):
+                    raise _damaged(self.folder, wrong)
+                del self._unseen[file]
+            with opened(self.folder / file) as rows:
+                yield rows
+        except (OSError, HeaderError) as error:
+            raise _damaged(self.folder, f"{file} cannot be read ({' '.join(str(error).split())})") from error
 
     # -- looking at latents ------------------------------------------------------------------------------------------
 
@@ -242,19 +249,38 @@ class Dataset:
         return picture.clamp(0, 1)
 
 
+def _check_sizes(row: dict[str, Tensor], place: Place) -> None:
+    """Raise HeaderError where a row is not of the size that the manifest says."""
+    (height, width), hint = row["latents"].shape[-2:], row["hints"].shape[-2:]
+    if (8 * height, 8 * width) != (place.height, place.width) or hint != (place.height, place.width):
+        raise HeaderError(f"row {place.row} is not {place.width}x{place.height}")
+
+
+def _damaged(folder: Path, what: str) -> DatasetError:
+    return DatasetError(
+        f"{folder} is damaged: {what}: make the dataset again into the same folder, which makes anew what these files "
+        "held and keeps the rest"
+    )
+
+
 def to_device(record: Record, device: torch.device) -> Record:
     """A dataclass of tensors, some of which may be None, on `device`."""
     tensors = {each.name: getattr(record, each.name) for each in fields(record)}
     return replace(record, **{name: x.to(device, non_blocking=True) for name, x in tensors.items() if x is not None})
 
 
-def stack_contexts(contexts: Sequence[Tensor]) -> Tensor:
+def stack_contexts(contexts: Sequence[Tensor], empty: Tensor) -> Tensor:
     """Contexts (T,C) of any lengths as one (B,T',C): each is repeated to the least common multiple of the lengths.
 
-    Attention over a context that is repeated is attention over the context.
+    Attention over a context that is repeated is attention over the context. Where that would be longer than
+    LONGEST_CONTEXT, as of 4, 6 and 7 chunks of text, the shorter ones are continued with `empty` (T,C), the text
+    embedding of the empty prompt, to the longest (as in kohya-ss/sd-scripts and AUTOMATIC1111/stable-diffusion-webui).
     """
-    length = lcm(*(len(context) for context in contexts))
-    return torch.stack([repeat(context, "t c -> (n t) c", n=length // len(context)) for context in contexts])
+    longest, length = max(map(len, contexts)), lcm(*map(len, contexts))
+    if length <= max(longest, LONGEST_CONTEXT):
+        return torch.stack([repeat(context, "t c -> (n t) c", n=length // len(context)) for context in contexts])
+    filling = repeat(empty, "t c -> (n t) c", n=ceil(longest / len(empty)))
+    return torch.stack([torch.cat([context, filling[: longest - len(context)]]) for context in contexts])
 
 
 class Batches:

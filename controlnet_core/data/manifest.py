@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from safetensors import SafetensorError, safe_open
-
+from ..errors import ZeroConvError
+from ..files import checksum
+from ..files.header import HeaderError, read_header
 from ..files.writing import replacing
 
 NAME = "manifest.json"
-FORMAT, VERSION = "zeroconv dataset", 1
+FORMAT, VERSION = "zeroconv dataset", 2
+READ = (1, VERSION)
+"""The versions that are read: the first had no checksums."""
 
 
-class DatasetError(ValueError):
+Record = TypeVar("Record", bound=Any)
+
+
+class DatasetError(ZeroConvError):
     """A dataset that cannot be read or written; the message begins with its folder or a file in it."""
 
 
@@ -34,13 +40,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of items of one size: `bytes` long, pictures of `height` x `width` pixels."""
+    """A file of items of one size: `bytes` long, pictures of `height` x `width` pixels; `checksum` of all its bytes."""
 
     file: str
     bytes: int
     height: int
     width: int
     entries: tuple[Entry, ...]
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class PromptFile:
     file: str
     bytes: int
     prompts: tuple[str, ...]
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,20 +86,47 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read ({error}): delete the folder and make the dataset again") from error
     said = (found.get("format"), found.get("version")) if isinstance(found, dict) else found
-    if said != (FORMAT, VERSION):
+    if said not in [(FORMAT, version) for version in READ]:
         raise DatasetError(
-            f"{path} says {said!r}, expected {(FORMAT, VERSION)!r}: make the dataset again in another folder, or use "
-            "the version of this pack that made it"
+            f"{path} says {str(said)[:80]!r}, expected {(FORMAT, VERSION)!r}: make the dataset again in another "
+            "folder, or use the version of this pack that made it"
         )
-    return Manifest(
-        options=found["options"],
-        probe=tuple(found["probe"]),
-        moments=tuple(map(tuple, found["moments"])),
-        prompts=tuple(PromptFile(**{**each, "prompts": tuple(each["prompts"])}) for each in found["prompts"]),
-        shards=tuple(
-            Shard(**{**each, "entries": tuple(Entry(**entry) for entry in each["entries"])}) for each in found["shards"]
-        ),
-    )
+    try:
+        return Manifest(
+            options=_numbers_and_texts(found["options"]),
+            probe=tuple(map(float, found["probe"])),
+            moments=tuple(tuple(map(float, row)) for row in found["moments"]),
+            prompts=tuple(_record(PromptFile, each) for each in found["prompts"]),
+            shards=tuple(
+                _record(Shard, {**each, "entries": [_record(Entry, entry) for entry in each["entries"]]})
+                for each in found["shards"]
+            ),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise DatasetError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete the folder and make the dataset again"
+        ) from error
+
+
+def _record(kind: type[Record], found: dict[str, Any]) -> Record:
+    """A dataclass of plain values from JSON; raises TypeError or ValueError where they are not what it says."""
+    made = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in dict(found).items()})
+    for name, expected in get_type_hints(kind).items():
+        value, (inside, *_) = getattr(made, name), (*get_args(expected), None)
+        right = type(value) is (get_origin(expected) or expected)
+        if not right or (inside is not None and not all(type(each) is inside for each in value)):
+            raise TypeError(f"{name} is {str(value)[:60]!r}")
+    if "file" in found and Path(made.file).name != made.file:
+        raise ValueError(f"{made.file[:60]!r} is no name of a file")
+    return made
+
+
+def _numbers_and_texts(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, of which those that are counts are counts."""
+    for name in ("latent_channels", "context_channels", "pooled_channels"):
+        if type(options[name]) is not int or options[name] < 0:
+            raise TypeError(f"{name} is {str(options[name])[:60]!r}")
+    return options
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -105,16 +140,21 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         raise DatasetError(f"{path} cannot be written: {error}") from error
 
 
-def damage(folder: Path, part: Shard | PromptFile) -> str | None:
-    """What is wrong with this file of the dataset; None when it is as it was written."""
+def damage(folder: Path, part: Shard | PromptFile, whole: bool = True) -> str | None:
+    """What is wrong with this file of the dataset; None when it is as it was written.
+
+    All of it is read, unless `whole` is off: then its size and its header alone.
+    """
     path = folder / part.file
     try:
         found = path.stat().st_size
         if found != part.bytes:
             return f"{part.file} has {found} bytes instead of {part.bytes}"
-        with safe_open(path, framework="pt"):
-            return None
+        read_header(path)
+        if whole and part.checksum and checksum.of_file(path) != part.checksum:
+            return f"{part.file} has changed since it was written"
+        return None
     except FileNotFoundError:
         return f"{part.file} is missing"
-    except (OSError, SafetensorError) as error:
+    except (OSError, HeaderError) as error:
         return f"{part.file} cannot be read ({' '.join(str(error).split())})"

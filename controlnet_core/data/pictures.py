@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import ZeroConvError
+
 FINEST, COARSEST = 8, 64
 """Sides of buckets are multiples of an eighth of the resolution between these: of 64, so that all four levels of a UNet
 halve evenly, where that leaves enough shapes to choose from, and at least of the latent's 8."""
@@ -21,12 +23,30 @@ LONGEST = 4.0
 SAME_SHAPE = 1.03
 """A hint and its picture may differ in aspect by this factor: rounding of sides, not another picture."""
 
+FORMATS = (
+    "PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "TGA", "JPEG2000", "AVIF", "HEIF", "JXL", "PPM",
+)  # fmt: skip
+"""What is opened, by Pillow's names and whatever a file is called: pictures of pixels alone. Others start programs
+(EPS) or stand for files elsewhere."""
+
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 """What PIL raises for files that are damaged, of another kind, or not there."""
 
 
-class PictureError(ValueError):
+class PictureError(ZeroConvError):
     """A picture that cannot be used; the message is the reason alone."""
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this Pillow, with what is installed beside it, reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def readable(path: Path) -> bool:
+    """Whether `read` opens files of this suffix; what is in them is seen then."""
+    return Image.registered_extensions().get(path.suffix.lower()) in _formats()
 
 
 @cache
@@ -82,7 +102,7 @@ def read(source: Path | np.ndarray) -> Image.Image:
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
-        with Image.open(source) as file:
+        with Image.open(source, formats=_formats()) as file:
             picture = ImageOps.exif_transpose(file)
             picture.load()
     except UNREADABLE as error:
@@ -104,7 +124,7 @@ def size_of(source: Path | np.ndarray) -> tuple[int, int]:
     if isinstance(source, np.ndarray):
         return source.shape[1], source.shape[0]
     try:
-        with Image.open(source) as file:
+        with Image.open(source, formats=_formats()) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that swap the sides
             return (file.height, file.width) if turned else file.size
     except UNREADABLE as error:

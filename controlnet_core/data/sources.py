@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -13,8 +13,25 @@ from typing import Any
 
 import numpy as np
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-HINT_FOLDERS = ("hints", "conditioning")
+from ..errors import ZeroConvError
+from .pictures import readable
+
+PICTURES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".tga", ".avif", ".jp2", ".jxl",
+    ".heic", ".heif",
+)  # fmt: skip
+"""What is a picture by its suffix, in small letters; some need a newer Pillow, or none that reads them is there."""
+
+CAPTIONS = (".txt", ".caption")
+"""Where several lie beside a picture, the first of these is its caption."""
+
+HINT_FOLDERS = ("hints", "hint", "conditioning", "conditioning_images", "conditioning_image", "control", "controls")
+PICTURE_FOLDERS = ("images", "image", "pictures", "target", "targets")
+"""Pictures lie in such a folder, or in no special one; their hints lie in one of HINT_FOLDERS beside it or below it."""
+
+BESIDE_TARGETS = {"source": "target", "sources": "targets"}
+"""Folders of hints where the other one lies beside them, as in fill50k, and of pictures where not."""
+
 HINT_ENDING = "_hint"
 
 PICTURE_KEYS = ("file_name", "image", "target")
@@ -22,7 +39,7 @@ PROMPT_KEYS = ("text", "caption", "prompt")
 HINT_KEYS = ("conditioning_image_file_name", "conditioning_image", "hint", "source")
 
 
-class SourceError(ValueError):
+class SourceError(ZeroConvError):
     """A folder in which there is nothing to train on; the message says what is read and what was found."""
 
 
@@ -146,10 +163,13 @@ def _from_record(folder: Path, beside: Path, record: Any, where: str) -> Item | 
     picture = _file(beside, values["picture"])
     hint = _file(beside, values["hint"]) if values["hint"] else None
     for path in (picture, hint):
+        if path is not None and not _is_inside(path, folder):
+            return Skipped(where, f"{path} lies outside of {folder}: a list names files of its own folder")
         if path is not None and not _is_there(path):
             return Skipped(where, f"there is no file {path}")
-    name = picture.relative_to(folder).as_posix() if picture.is_relative_to(folder) else picture.as_posix()
-    return Item(name, picture, _one_line(values["prompt"]), hint)
+        if path is not None and path.suffix.lower() in PICTURES and not readable(path):
+            return Skipped(where, f"this Pillow reads no {path.suffix.lower()}: save {path.name} as .png")
+    return Item(_name(folder, picture), picture, _one_line(values["prompt"]), hint)
 
 
 def _one_line(prompt: str) -> str:
@@ -161,6 +181,14 @@ def _file(beside: Path, name: str) -> Path:
     """The file of that name below the list; lists written on Windows have backslashes."""
     path = beside / name
     return path if _is_there(path) else beside / name.replace("\\", "/")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in `folder` once `..` and links are followed: data of strangers names no other files."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve()) and path.is_relative_to(folder)
+    except (OSError, RuntimeError, ValueError):  # names that no system has, links in a circle
+        return False
 
 
 def _is_there(path: Path) -> bool:
@@ -198,32 +226,68 @@ def _table(file: Path) -> Iterator[dict[str, str | None]]:
 
 
 def _captioned(folder: Path, files: list[Path]) -> Found:
-    hints = {_pair(folder, path): path for path in files if _is_hint(folder, path)}
-    pictures = [path for path in files if not _is_hint(folder, path)]
-    for path in pictures:
-        name, caption = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
-        try:
-            prompt = caption.read_text(encoding="utf-8-sig") if caption.is_file() else ""
-        except (OSError, UnicodeDecodeError) as error:
-            yield Skipped(name, f"{caption.name} cannot be read ({error}): save it as UTF-8 text")
-            continue
-        yield Item(name, path, _one_line(prompt), hints.pop(_pair(folder, path), None))
-    for path in hints.values():
-        yield Skipped(path.relative_to(folder).as_posix(), "a hint without picture: expected one of the same name")
+    """Pictures with what belongs to them by its name; where that cannot be told, none of it is guessed."""
+    pictures, hints, captions = defaultdict(list), defaultdict(list), defaultdict(list)
+    folders = {(place.parent, place.name.lower()) for path in files for place in path.parents}
+    for path in files:
+        if path.suffix.lower() in CAPTIONS:
+            captions[path.parent / path.stem].append(path)
+        elif path.suffix.lower() in PICTURES:
+            (hints if _is_hint(path, folder, folders) else pictures)[_pair(folder, path)].append(path)
+        else:
+            yield Skipped(_name(folder, path), "neither a picture nor the caption of one")
+    for pair, paths in pictures.items():
+        found = hints.pop(pair, [])
+        texts = [sorted(captions.pop(path.parent / path.stem, []), key=_place_of_caption) for path in paths]
+        for path, text in zip(paths, texts):
+            name = _name(folder, path)
+            for other in text[1:]:
+                yield Skipped(_name(folder, other), f"{text[0].name} is the caption of {path.name} already")
+            if len(found) > 1:
+                several = " and ".join(_name(folder, hint) for hint in found)
+                yield Skipped(name, f"its hint may be {several}: leave one")
+            elif len(paths) > 1 and (found or any(texts)):
+                several = " and ".join(_name(folder, one) for one in paths)
+                yield Skipped(name, f"caption or hint may be of {several}: give each a name of its own")
+            elif not readable(path):
+                yield Skipped(name, f"this Pillow reads no {path.suffix.lower()}: save it as .png")
+            elif found and not readable(found[0]):
+                yield Skipped(name, f"this Pillow reads no {found[0].suffix.lower()}, as its hint is: save it as .png")
+            else:
+                try:
+                    prompt = text[0].read_text(encoding="utf-8-sig") if text else ""
+                except (OSError, UnicodeDecodeError) as error:
+                    yield Skipped(name, f"{text[0].name} cannot be read ({error}): save it as UTF-8 text")
+                else:
+                    yield Item(name, path, _one_line(prompt), found[0] if found else None)
+    for path in (path for paths in hints.values() for path in paths):
+        yield Skipped(_name(folder, path), "a hint without picture: expected one of the same name")
+    for path in (path for paths in captions.values() for path in paths):
+        yield Skipped(_name(folder, path), "a caption without picture: expected one of the same name")
 
 
-def _is_hint(folder: Path, path: Path) -> bool:
+def _name(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _place_of_caption(path: Path) -> int:
+    return CAPTIONS.index(path.suffix.lower())
+
+
+def _is_hint(path: Path, folder: Path, folders: set[tuple[Path, str]]) -> bool:
+    """Whether its name or a folder around it says so; `folders` are those that there are, as (where, name)."""
+    around = [place for place in path.parents if place != folder and place.is_relative_to(folder)]
     return path.stem.endswith(HINT_ENDING) or any(
-        part.lower() in HINT_FOLDERS for part in path.relative_to(folder).parts[:-1]
+        place.name.lower() in HINT_FOLDERS or (place.parent, BESIDE_TARGETS.get(place.name.lower(), "")) in folders
+        for place in around
     )
 
 
 def _pair(folder: Path, path: Path) -> str:
-    """What a picture and its hint have in common: where they lie, but for the hints' folder and ending and suffix."""
+    """What a picture and its hint have in common: where they lie, but for their folders' names, ending and suffix."""
+    special = (*HINT_FOLDERS, *PICTURE_FOLDERS, *BESIDE_TARGETS)
     *folders, _ = path.relative_to(folder).parts
-    return "/".join(
-        [*(part for part in folders if part.lower() not in HINT_FOLDERS), path.stem.removesuffix(HINT_ENDING)]
-    )
+    return "/".join([*(part for part in folders if part.lower() not in special), path.stem.removesuffix(HINT_ENDING)])
 
 
 # -- the list of layouts ----------------------------------------------------------------------------------------------
@@ -247,15 +311,14 @@ def _here(*patterns: str) -> Callable[[Path], list[Path]]:
     return files
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """All pictures in and below the folder, hidden ones (as macOS leaves beside its files) apart."""
-    return sorted(
+def _beside_pictures(folder: Path) -> list[Path]:
+    """All files in and below a folder of pictures, hidden ones (as macOS leaves beside its files) apart."""
+    files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    return files if any(path.suffix.lower() in PICTURES for path in files) else []
 
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -274,8 +337,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("JSON lines", "*.jsonl with lines of image, text and perhaps hint", _here("*.jsonl"), _listed),
     Layout(
         "pictures with captions",
-        "pictures with captions beside them (cat.png, cat.txt), hints as hints/cat.png or cat_hint.png",
-        _pictures,
+        "pictures with captions beside them (cat.png, cat.txt), hints as hints/cat.png, cat_hint.png or in a folder "
+        "beside theirs (images/cat.png and conditioning_images/cat.png, target/ and source/)",
+        _beside_pictures,
         _captioned,
     ),
 )

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from torch import Tensor
 
+from ..files import checksum
 from ..files.saving import write
 from ..files.writing import sweep
 from ..keys import times
 from .manifest import NAME, DatasetError, Entry, Manifest, PromptFile, Shard, damage, read_manifest, write_manifest
 from .pictures import Crop
+from .rows import opened
 from .sources import Item, Skipped
 
 EncodePictures = Callable[[Tensor], Tensor]
@@ -130,8 +131,8 @@ class Writer:
             raise DatasetError(f"{self._folder} was made with another VAE: {_CHOOSE}")
 
     def _check_context(self, context: Tensor) -> None:
-        with safe_open(self._folder / self._manifest.prompts[0].file, framework="pt") as file:
-            before = file.get_tensor("context.0").float()
+        with opened(self._folder / self._manifest.prompts[0].file) as file:
+            before = file.tensor("context.0").float()
         if before.shape != context.shape or relative_error(context, before) > SAME_ENCODER:
             raise DatasetError(f"{self._folder} was made with another text encoder: {_CHOOSE}")
 
@@ -189,7 +190,8 @@ class Writer:
             tensors[f"context.{number}"] = context.to("cpu", torch.float16)
             if pooled is not None:
                 tensors[f"pooled.{number}"] = pooled.to("cpu", torch.float16)
-        return PromptFile(file, self._write(file, tensors), tuple(texts))
+        size, found = self._write(file, tensors)
+        return PromptFile(file, size, tuple(texts), found)
 
     # -- pictures ----------------------------------------------------------------------------------------------------
 
@@ -243,17 +245,17 @@ class Writer:
         if (hints == hints[:, :1]).all():
             tensors["hints"] = hints[:, :1]
         file = _next("shard", self._manifest.shards)
-        size = self._write(file, tensors)
+        size, found = self._write(file, tensors)
         height, width = hints.shape[-2:]
-        shard = Shard(file, size, height, width, tuple(row.entry for row in rows))
+        shard = Shard(file, size, height, width, tuple(row.entry for row in rows), found)
         moments = tuple(map(tuple, self._moments.tolist()))
         self._manifest = replace(self._manifest, moments=moments, shards=(*self._manifest.shards, shard))
         write_manifest(self._folder, self._manifest)
 
-    def _write(self, file: str, tensors: dict[str, Tensor]) -> int:
-        """Write a file of the dataset; gives its size in bytes."""
+    def _write(self, file: str, tensors: dict[str, Tensor]) -> tuple[int, str]:
+        """Write a file of the dataset; gives its size in bytes and its checksum."""
         write(self._folder / file, tensors)
-        return (self._folder / file).stat().st_size
+        return (self._folder / file).stat().st_size, checksum.of_file(self._folder / file)
 
 
 _CHOOSE = "one dataset holds what one encoder makes: choose another name, or connect the same as before"

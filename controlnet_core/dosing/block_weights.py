@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import ZeroConvError
+from ..limits import BLOCKS
+
 Preset = Literal["even", "soft", "middle only", "deep half", "shallow half", "custom"]
 PRESETS: tuple[Preset, ...] = ("even", "soft", "middle only", "deep half", "shallow half", "custom")
 
@@ -16,7 +19,7 @@ LARGEST = 10.0
 """Of a weight, as of a strength."""
 
 
-class BlockWeightsError(ValueError):
+class BlockWeightsError(ZeroConvError):
     """Weights that cannot be meant, or that are made for a UNet of another size."""
 
 
@@ -44,6 +47,10 @@ class BlockWeights:
             raise BlockWeightsError(
                 "custom block weights are empty: write one number for each skip connection, "
                 "12 for SD1.x and SD2.x, 9 for SDXL, or choose another preset"
+            )
+        if len(self.skips) > BLOCKS:
+            raise BlockWeightsError(
+                f"a model has 12 skip connections (SDXL 9), found {len(self.skips)} block weights: write one for each"
             )
         for weight in (*self.skips, self.middle):
             if not math.isfinite(weight) or not 0.0 <= weight <= LARGEST:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+from ..errors import ZeroConvError
+
 PercentToSigma = Callable[[float], float]
 """The model's noise schedule: percent of sampling, 0..1, to sigma; it falls."""
 
@@ -22,7 +24,7 @@ AHEAD = 2
 """Steps that samplers look ahead of the one that they take: Heun's corrector one, heunpp2's two."""
 
 
-class ClockError(ValueError):
+class ClockError(ZeroConvError):
     """A run in which steps cannot be told."""
 
 

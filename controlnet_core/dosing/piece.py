@@ -9,8 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..errors import ZeroConvError
 
-class PieceError(ValueError):
+
+class PieceError(ZeroConvError):
     """A call of the UNet that does not tell which piece of the run it is about."""
 
 

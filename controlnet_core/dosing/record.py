@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ZeroConvError
 from ..networks.residuals import Residuals
 from .clock import Moment
 
@@ -15,7 +16,7 @@ TOGETHER = "all controls together"
 """The name of the sum that the UNet got; shown unless it was a single control's residuals all the time."""
 
 
-class RecordError(ValueError):
+class RecordError(ZeroConvError):
     """A record that has nothing to tell, or is asked to hold what cannot be compared."""
 
 

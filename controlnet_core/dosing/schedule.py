@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from ..errors import ZeroConvError
+from ..limits import FACTOR, KEYFRAMES, NUMBERS, STEPS, WRITTEN
 from .clock import Moment
 from .window import Window
 
@@ -17,7 +19,7 @@ INTERPOLATIONS: tuple[Interpolation, ...] = ("linear", "ease", "hold")
 SCHEDULE_UNITS: tuple[ScheduleUnit, ...] = ("window", "percent", "step")
 
 
-class ScheduleError(ValueError):
+class ScheduleError(ZeroConvError):
     """Keyframes that cannot be meant, or that cannot be read."""
 
 
@@ -34,9 +36,10 @@ class Keyframe:
     interpolation: Interpolation = "linear"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value) or self.value < 0:
+        if not 0 <= self.value <= FACTOR:
             raise ScheduleError(
-                f"the strength of a keyframe is a number from 0, found {self.value:g} at {self.position:g}"
+                f"the strength of a keyframe is a number from 0, found {self.value:g} at {self.position:g}: write one "
+                f"up to {FACTOR:g}"
             )
         if self.interpolation not in INTERPOLATIONS:
             raise ScheduleError(
@@ -63,6 +66,11 @@ class Schedule:
             raise ScheduleError(f"the unit of a schedule is one of {', '.join(SCHEDULE_UNITS)}, found {self.unit!r}")
         if not self.keyframes:
             raise ScheduleError('a schedule has at least one keyframe, found none: write one such as "0: 1"')
+        if len(self.keyframes) > KEYFRAMES or len(self.per_image) > NUMBERS:
+            raise ScheduleError(
+                f"a schedule has at most {KEYFRAMES} keyframes and strengths of {NUMBERS} pictures, found "
+                f"{len(self.keyframes)} and {len(self.per_image)}: leave some out, values between keyframes follow"
+            )
         for keyframe in self.keyframes:
             self._check_position(keyframe.position)
         for a, b in pairwise(self.keyframes):
@@ -72,8 +80,10 @@ class Schedule:
                     "put the keyframes in order, one for each position"
                 )
         for factor in self.per_image:
-            if not math.isfinite(factor) or factor < 0:
-                raise ScheduleError(f"the strength of a picture is a number from 0, found {factor:g}")
+            if not 0 <= factor <= FACTOR:
+                raise ScheduleError(
+                    f"the strength of a picture is a number from 0, found {factor:g}: write one up to {FACTOR:g}"
+                )
 
     def _check_position(self, position: float) -> None:
         if self.unit == "step":
@@ -82,6 +92,8 @@ class Schedule:
                     f"a keyframe in steps lies at a whole number from 0, found {position:g}: "
                     "set unit to window or percent if a part of 1 is meant"
                 )
+            if position > STEPS:
+                raise ScheduleError(f"a keyframe lies at step {position:g}, expected at most {STEPS}: write its step")
         elif not 0.0 <= position <= 1.0:
             raise ScheduleError(
                 f"a keyframe in {self.unit} lies between 0 and 1, found {position:g}: "
@@ -116,6 +128,8 @@ class Schedule:
 
 def parse(text: str) -> tuple[Keyframe, ...]:
     """Keyframes from text, one a line or between commas: "0: 1", "0.5: 0.3 ease", "1: 0 hold"."""
+    if len(text) > WRITTEN:
+        raise ScheduleError(f"the keyframes have {len(text)} characters, at most {WRITTEN} are read: leave some out")
     pieces = [piece.strip() for line in text.splitlines() for piece in line.split(",")]
     keyframes = tuple(_keyframe(piece) for piece in pieces if piece)
     if not keyframes:

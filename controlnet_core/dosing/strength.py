@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
+from ..errors import ZeroConvError
+from ..limits import FACTOR
 from ..networks.residuals import Residuals
 from .block_weights import BlockWeights
 from .clock import Moment
@@ -19,7 +21,11 @@ Guidance = Literal["both", "cond_only", "cfg_resolution"]
 GUIDANCE: tuple[Guidance, ...] = ("both", "cond_only", "cfg_resolution")
 
 
-class StrengthError(ValueError):
+MOST_REUSED = 0.9
+"""Part of the steps: of ten, one must be computed."""
+
+
+class StrengthError(ZeroConvError):
     """A strength that cannot be meant, or that does not go with the residuals."""
 
 
@@ -39,10 +45,17 @@ class Strength:
     mask: Tensor | None = None
     schedule: Schedule | None = None
     block_weights: BlockWeights | None = None
+    reuse: float = 0.0
 
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
             raise StrengthError(f"guidance is one of {', '.join(GUIDANCE)}, found {self.guidance!r}")
+        if not 0.0 <= self.reuse <= MOST_REUSED:
+            raise StrengthError(
+                f"reuse is a part of the steps, 0 to {MOST_REUSED:g}, found {self.reuse:g}: 0.5 is every second step"
+            )
+        if not abs(self.value) <= FACTOR:  # NaN is not
+            raise StrengthError(f"a strength is a number up to {FACTOR:g}, found {self.value:g}: 1 is the usual one")
 
     @cached_property
     def off(self) -> bool:
@@ -113,7 +126,7 @@ class ControlScales:
             return scaled
         size = tuple(residual.shape[2:])  # the same for many: a ControlLLLite has over a hundred layers
         if size not in self._fitted:
-            self._fitted[size] = F.interpolate(self.mask.to(residual), size=size, mode="area")
+            self._fitted[size] = averaged(self.mask.to(residual), *size)
         return scaled * self._fitted[size]
 
     def apply(self, residuals: Residuals) -> Residuals:
@@ -121,3 +134,20 @@ class ControlScales:
         if len(residuals) != len(self.weights):
             raise StrengthError(f"{len(residuals)} residuals need as many block weights, found {len(self.weights)}")
         return residuals.mapped(self.scaled)
+
+
+def averaged(mask: Tensor, height: int, width: int) -> Tensor:
+    """`mask` (B,1,H,W) as (B,1,height,width), each number the mean of the pixels that its place covers, even in part.
+
+    torch's adaptive pooling ("area") by two products of matrices: Apple's MPS pools only to sizes that divide.
+    """
+    rows, columns = (_shares(size, count, mask) for size, count in zip(mask.shape[2:], (height, width), strict=True))
+    return rows @ mask @ columns.T
+
+
+def _shares(size: int, count: int, like: Tensor) -> Tensor:
+    """The share (count, size) of each of `size` pixels in `count` means; made where `like` is."""
+    pixels, places = (torch.arange(n, device=like.device) for n in (size, count))
+    first, end = places * size // count, ((places + 1) * size + count - 1) // count
+    covered = (pixels >= first[:, None]) & (pixels < end[:, None])
+    return (covered / covered.sum(1, keepdim=True)).to(like.dtype)

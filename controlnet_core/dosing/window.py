@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
+from ..errors import ZeroConvError
 from .clock import Moment
 
 Unit = Literal["percent", "step"]
 UNITS: tuple[Unit, ...] = ("percent", "step")
 
 
-class WindowError(ValueError):
+class WindowError(ZeroConvError):
     """A window that cannot be meant."""
 
 
@@ -35,7 +37,7 @@ class Window:
                     "set unit to step if steps are meant"
                 )
         elif self.unit == "step":
-            if self.start != int(self.start) or self.end != int(self.end) or self.start < 0 or self.end < -1:
+            if not all(isfinite(n) and n == int(n) for n in (self.start, self.end)) or self.start < 0 or self.end < -1:
                 raise WindowError(
                     "a window in steps takes whole numbers, a start from 0 and an end from 0, or -1 for the last step; "
                     f"found {self.start:g} to {self.end:g}: set unit to percent if a part of 1 is meant"

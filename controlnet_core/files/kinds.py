@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ZeroConvError
 from ..keys import Condition, State, Weights, has, some
+from ..limits import WRAPPINGS
 from ..networks import control_lora, controlnet, lite, lllite, t2i_adapter, union
 from ..networks.configuration import heads_metadata
 from ..networks.network import ControlNetwork
@@ -17,7 +19,7 @@ from .diagnosis import OTHER_CONTROLS, diagnose
 from .layouts import CONTROL, from_difference, from_diffusers, from_ldm, to_diffusers
 
 
-class UnknownFormat(ValueError):
+class UnknownFormat(ZeroConvError):
     """No format claims these weights; the message says what they are and where they belong."""
 
 
@@ -59,12 +61,36 @@ class ControlKind:
 
 def detect(state: State) -> tuple[ControlKind, Format]:
     """The kind of these weights and their format; raises UnknownFormat, which says what they are instead."""
+    found = _claimed(state)
+    if found is None:
+        raise UnknownFormat(diagnose(state))
+    return found
+
+
+def unwrapped(state: State) -> State:
+    """`state` without what stands before every key, such as `module.`, where that makes it one of `KINDS`.
+
+    Of several ways to read it the kind that is asked first is taken, and of one kind the longest names.
+    """
+    readings = [state]
+    while len(readings) <= WRAPPINGS:
+        *_, bare = readings
+        prefix = next(iter(bare), "").partition(".")[0] + "."
+        if not all(key.startswith(prefix) for key in bare):
+            break
+        readings.append({key.removeprefix(prefix): tensor for key, tensor in bare.items()})
+    found = [_claimed(reading) for reading in readings]
+    places = [len(KINDS) if claim is None else KINDS.index(claim[0]) for claim in found]
+    return readings[places.index(min(places))]
+
+
+def _claimed(state: State) -> tuple[ControlKind, Format] | None:
     if not OTHER_CONTROLS(state):
         for kind in KINDS:
             for candidate in kind.formats:
                 if candidate.matches(state):
                     return kind, candidate
-    raise UnknownFormat(diagnose(state))
+    return None
 
 
 def kind_of(network: ControlNetwork) -> ControlKind:

@@ -18,8 +18,13 @@ CONTROL = "control_model."
 OTHER_PARTS = ("model.", "model_ema.", "cond_stage_model.", "first_stage_model.", "conditioner.")
 """What else a checkpoint of the whole training model holds: the base UNet, text encoder and autoencoder."""
 
-SCHEDULE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights", "logvar")
-"""How the noise schedule's tensors begin there (CompVis/stable-diffusion, ldm/models/diffusion/ddpm.py)."""
+SCHEDULE = (
+    "betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "lvlb_weights", "logvar", "ddim_", "denoiser.",
+    "edm_", "scale_factor", "global_step", "v_pred", "ztsnr",
+)  # fmt: skip
+"""How the tensors begin there that say how noise is added and what the model was trained for, with the marks that other
+programs add (CompVis/stable-diffusion, ldm/models/diffusion/ddpm.py; Stability-AI/generative-models, sgm/modules/
+diffusionmodules/denoiser.py)."""
 
 
 def from_ldm(state: State) -> Weights:
@@ -45,7 +50,7 @@ def convolve_projections(state: State) -> Weights:
     weights = dict(state)
     stem = state.get("input_blocks.0.0.weight")
     context = state.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    sized = stem is not None and context is not None and (stem.shape[0], context.shape[-1]) == (320, 768)
+    sized = stem is not None and context is not None and (stem.shape[:1], context.shape[-1:]) == ((320,), (768,))
     if sized and "label_emb.0.0.weight" not in state:
         for key, tensor in state.items():
             if key.endswith((".1.proj_in.weight", ".1.proj_out.weight")) and tensor.ndim == 2:

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import struct
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..keys import State, Weights, has, times
 from ..networks.configuration import ConfigurationError, check_heads, read_unet_config
 from ..networks.network import ControlNetwork
 from ..networks.unet import UNet
-from .kinds import Format, UnknownFormat, detect
+from .kinds import Format, UnknownFormat, detect, unwrapped
 from .layouts import from_diffusers
+from .reading import ContentError, LoadError, check_plain, read_weights
+
+__all__ = ["LoadError", "LoadedControl", "load_control", "load_unet", "read_weights", "usual_dtype"]
 
 NEW = ("zero_convs.", "middle_block_out.", "input_hint_block.")
 """The parts of a ControlNet that its base UNet lacks."""
-
-
-class LoadError(ValueError):
-    """Weights that cannot be read or loaded; the message begins with the file's name."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,13 @@ def load_control(
     errors. Raises LoadError when no format claims the weights or any key is missing, unknown or of a wrong shape.
     """
     metadata = dict(metadata or {})
+    state = unwrapped(state)
     try:
+        check_plain(state)
         kind, found = detect(state)
         weights = found.canonicalize(state)
         dropped = len(state) - len(weights)
+        _check_types(weights)
         dtype = dtype or usual_dtype(weights)
         if found.needs_base:
             weights = _add_base(weights, base, name)
@@ -75,7 +71,7 @@ def load_control(
                 "Control-LoRA takes what it needs from the model that it is applied to)"
             )
         control = kind.build(weights, metadata, operations=operations, dtype=dtype, device="meta")
-    except (UnknownFormat, ConfigurationError) as error:
+    except (UnknownFormat, ConfigurationError, ContentError) as error:
         raise LoadError(f"{name}: {error}") from error
     _fill(control, weights, name, dtype, device)
     return LoadedControl(control, found, dropped, metadata)
@@ -100,9 +96,11 @@ def load_unet(
         diffusers = has("down_blocks.0.resnets.0.conv1.weight")
         weights = from_diffusers(state) if diffusers(state) else dict(state)
     try:
+        check_plain(weights)
+        _check_types(weights)
         config = read_unet_config(weights, metadata)
         check_heads(config)
-    except ConfigurationError as error:
+    except (ConfigurationError, ContentError) as error:
         raise LoadError(f"{name}: {error}") from error
     dtype = dtype or usual_dtype(weights)
     unet = UNet(config, operations=operations, dtype=dtype, device="meta")
@@ -154,89 +152,59 @@ def _fill(
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in faults.items() if keys)
         raise LoadError(f"{name}: these are not all the weights of a {type(network).__name__}: {listed}")
+    _check_numbers(weights, name, dtype)
     placed = {key: tensor.to(device, dtype) for key, tensor in weights.items()}
     network.load_state_dict(placed, assign=True)
 
 
+def _check_types(weights: State) -> None:
+    """Raise ContentError for weights that are no numbers to compute with, or none at all."""
+    for what, wrong in (
+        ("no floating numbers", [key for key, tensor in weights.items() if not tensor.is_floating_point()]),
+        ("empty", [key for key, tensor in weights.items() if tensor.numel() == 0]),
+    ):
+        if wrong:
+            first = weights[wrong[0]]
+            raise ContentError(
+                f"{len(wrong)} of {len(weights)} weights are {what}, the first {wrong[0]} of {times(first.shape)} "
+                f"{_name(first.dtype)}: load the control's file in fp16, bf16 or fp32"
+            )
+
+
+def _check_numbers(weights: State, name: str, dtype: torch.dtype) -> None:
+    """Raise LoadError where a weight is not finite, or would not be as `dtype`. Reads each weight once."""
+    wrong, beyond = [], []
+    for key, tensor in weights.items():
+        if tensor.is_meta:
+            continue
+        largest = _largest(tensor)
+        if not largest.isfinite():
+            wrong.append(key)
+        elif dtype != tensor.dtype and largest > torch.finfo(dtype).max:
+            beyond.append(f"{key}, up to {largest.item():g}")
+    if wrong:
+        raise LoadError(
+            f"{name}: {len(wrong)} of {len(weights)} weights are not finite (NaN or infinite), the first {wrong[0]}, "
+            "and every picture would be black: the file is damaged or its training failed, load another"
+        )
+    if beyond:
+        raise LoadError(
+            f"{name}: {len(beyond)} of {len(weights)} weights are too large for {_name(dtype)}, the first {beyond[0]}: "
+            "choose bf16 or fp32 as weight_dtype"
+        )
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest of the numbers' absolute values; NaN where one of them is."""
+    if tensor.dtype.itemsize == 1:  # torch has no order of fp8, whose bits without the sign have it
+        return (tensor.view(torch.uint8) & 0x7F).max().view(tensor.dtype).float()
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(low.abs(), high.abs())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _few(keys: list[str]) -> str:
     return ", ".join(keys[:3] + ["..."] * (len(keys) > 3))
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
-    """The tensors of a weights file, mapped into memory where the file allows it, and its safetensors metadata.
-
-    Safetensors, and what torch.save writes (loaded with `weights_only`; {"state_dict": ...} is unwrapped); the first
-    bytes tell which. Raises LoadError, which says what the file is instead or what is wrong with it.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(1024)
-    if size == 0:
-        raise LoadError(f"{path.name}: the file is empty, 0 bytes: download it again")
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise LoadError(f"{path.name}: this is an HTML page, not weights: download the file itself, not its web page")
-    if text.startswith(b"version https://git-lfs"):
-        raise LoadError(f"{path.name}: this is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if head[8:9] == b"{":
-        return _read_safetensors(path, size, int.from_bytes(head[:8], "little"))
-    if head.startswith((b"PK", b"\x80")):
-        return _read_pickle(path, is_zip=head.startswith(b"PK")), {}
-    raise LoadError(
-        f"{path.name}: this is neither a safetensors file nor one that torch saved; it begins with "
-        f"{head[:16]!r}: download it again"
-    )
-
-
-def _read_safetensors(path: Path, size: int, header_size: int) -> tuple[Weights, dict[str, str]]:
-    start = 8 + header_size
-    if size < start:
-        raise LoadError(
-            f"{path.name}: the file is truncated: its header alone needs {start} bytes, found {size}: download it again"
-        )
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(start)[8:])
-        needed = start + max(
-            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
-        )
-        if size < needed:
-            raise LoadError(
-                f"{path.name}: the file is truncated: expected {needed} bytes, found {size}: download it again"
-            )
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()  # the open file itself is no iterable
-            return {key: file.get_tensor(key) for key in names}, dict(file.metadata() or {})
-    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{path.name}: this file is damaged, {_one_line(error)}: download it again") from error
-
-
-def _read_pickle(path: Path, is_zip: bool) -> Weights:
-    if is_zip and not zipfile.is_zipfile(path):
-        raise LoadError(f"{path.name}: the file is truncated: the end of its zip archive is missing: download it again")
-    # Only a zip archive with a name can be mapped, and torch hands every *.safetensors to the safetensors library.
-    mapped = is_zip and path.suffix != ".safetensors"
-    try:
-        with path.open("rb") as file:
-            loaded = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise LoadError(
-            f"{path.name}: the file holds more than tensors, which torch refuses to load because it could run code: "
-            "convert it to safetensors"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, struct.error) as error:
-        raise LoadError(f"{path.name}: torch cannot read this file, {_one_line(error)}: download it again") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    entries = loaded if isinstance(loaded, dict) else {}
-    weights = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise LoadError(f"{path.name}: expected a dictionary of tensors, found a {type(loaded).__name__} without any")
-    return weights
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

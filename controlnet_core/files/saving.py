@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..errors import ZeroConvError
 from ..keys import State, Weights, times
 from ..networks.control_lora import BORROWED
 from ..networks.controlnet import ControlNet, copy_encoder
@@ -23,7 +24,7 @@ from .loading import usual_dtype
 from .writing import replacing
 
 
-class SaveError(ValueError):
+class SaveError(ZeroConvError):
     """Weights that cannot be written as asked; the message says what to choose instead."""
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..errors import ZeroConvError
 from ..keys import State, numbered
 from .unet import UNetConfig
 
@@ -20,8 +21,11 @@ SD1_WIDTH, SD1_HEADS = 320, 8
 HEAD_DIM = 64
 """Channels a head in SD2.x and SDXL, and what ComfyUI assumes of every size that was never published."""
 
+NORM_GROUPS = 32
+"""Of every GroupNorm (CompVis/stable-diffusion, ldm/modules/diffusionmodules/util.py)."""
 
-class ConfigurationError(ValueError):
+
+class ConfigurationError(ZeroConvError):
     """Weights of a layout that `UNetConfig` cannot express; the message names the odd key."""
 
 
@@ -35,9 +39,14 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
     Raises ConfigurationError when a key is missing or the layout is irregular.
     """
     model_channels, in_channels = shape_of(state, "input_blocks.0.0.weight", 4)[:2]
+    if model_channels % NORM_GROUPS:
+        raise ConfigurationError(
+            f"input_blocks.0.0.weight has {model_channels} output channels: expected a multiple of {NORM_GROUPS}, the "
+            "groups that a UNet's channels are normalised in"
+        )
     levels = _levels(state, model_channels)
     linear = any(key.endswith(".1.proj_in.weight") and tensor.ndim == 2 for key, tensor in state.items())
-    contexts = [tensor for key, tensor in state.items() if key.endswith(".attn2.to_k.weight")]
+    contexts = [key for key in state if key.endswith(".attn2.to_k.weight")]
     pooled = shape_of(state, "label_emb.0.0.weight", 2) if "label_emb.0.0.weight" in state else None
     config = UNetConfig(
         in_channels=in_channels,
@@ -47,10 +56,16 @@ def read_unet_config(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         num_res_blocks=len(levels[0]),
         transformer_depth=tuple(level[0].depth for level in levels),
         transformer_depth_middle=_middle_depth(state),
-        context_dim=contexts[0].shape[-1] if contexts else 0,
+        context_dim=shape_of(state, contexts[0], 2)[1] if contexts else 0,
         use_linear=linear,
         adm_in_channels=pooled[1] if pooled else None,
     )
+    transformers = config.num_res_blocks * sum(config.transformer_depth) + config.transformer_depth_middle
+    if transformers > len(state):
+        raise ConfigurationError(
+            f"its keys speak of {transformers} transformer blocks, and there are {len(state)} tensors in all: load a "
+            "whole control"
+        )
     num_heads, head_dim = _heads(metadata or {}, default=_usual_heads(config))
     return replace(config, num_heads=num_heads, head_dim=head_dim)
 
@@ -86,7 +101,6 @@ def describe_mismatch(control: UNetConfig, model: UNetConfig, kind: str = "Contr
     ours, theirs = control.family, model.family
     if ours != theirs:
         return f"this {kind} is made for {ours}, the model is {theirs}: load a control made for {theirs}"
-    latents = {model.in_channels, model.out_channels}
     contexts = {control.context_dim, model.context_dim}
     for what, found, expected, fits in (
         ("channels at the top level", control.model_channels, model.model_channels, False),
@@ -94,7 +108,7 @@ def describe_mismatch(control: UNetConfig, model: UNetConfig, kind: str = "Contr
         ("ResBlocks on each level", control.num_res_blocks, model.num_res_blocks, False),
         ("numbers for each text token", control.context_dim, model.context_dim, 0 in contexts),
         ("numbers in the pooled vector", control.adm_in_channels, model.adm_in_channels, False),
-        ("latent channels", control.in_channels, model.out_channels, control.in_channels in latents),
+        ("latent channels", control.in_channels, model.out_channels, False),
     ):
         if found != expected and not fits:
             found, expected = (" ".join(map(str, n)) if isinstance(n, tuple) else n for n in (found, expected))
@@ -173,8 +187,10 @@ def _heads(metadata: Mapping[str, str], default: tuple[int, int]) -> tuple[int, 
     """(number of heads or 0, channels a head): from the file's metadata, if it says so."""
     for name in ("num_heads", "head_dim"):
         text = metadata.get(name)
-        if text is not None and (not text.isdecimal() or int(text) < 1):
-            raise ConfigurationError(f"the file's metadata has {name} {text!r}: expected a whole number from 1 up")
+        if text is not None and (not text.isdecimal() or len(text) > 4 or int(text) < 1):
+            raise ConfigurationError(
+                f"the file's metadata has {name} {text!r}: expected a whole number from 1 up to 9999"
+            )
     if "num_heads" in metadata:
         return int(metadata["num_heads"]), HEAD_DIM
     if "head_dim" in metadata:
@@ -188,5 +204,6 @@ def shape_of(state: State, key: str, ndim: int) -> tuple[int, ...]:
         raise ConfigurationError(f"{key} is missing, of which the network's size is read")
     shape = tuple(state[key].shape)
     if len(shape) != ndim or 0 in shape:
-        raise ConfigurationError(f"{key} has shape {'x'.join(map(str, shape))}: expected {ndim} dimensions")
+        empty = ", none of them 0" if 0 in shape else ""
+        raise ConfigurationError(f"{key} has shape {'x'.join(map(str, shape))}: expected {ndim} dimensions{empty}")
     return shape

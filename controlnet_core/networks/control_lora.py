@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import ZeroConvError
 from ..keys import State, Weights, times
-from .configuration import ConfigurationError, check_heads, read_unet_config
+from .configuration import ConfigurationError, check_heads, read_unet_config, shape_of
 from .controlnet import HINT_ENCODERS, BaseMismatch, ControlNet, read_hint_encoder
 from .unet import UNetConfig
 
@@ -25,7 +26,7 @@ BORROWED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 """The parts that a base UNet has too; the rest of a ControlNet is always its own."""
 
 
-class NotBound(RuntimeError):
+class NotBound(ZeroConvError, RuntimeError):
     """A Control-LoRA was run without the base UNet whose layers it borrows."""
 
 
@@ -296,8 +297,8 @@ def full_shapes(weights: State) -> Weights:
     for key, down in weights.items():
         if key.endswith(".down.weight"):
             name = key.removesuffix(".down.weight")
-            out = weights[f"{name}.up.weight"].shape[0]
-            shapes[f"{name}.weight"] = torch.empty(out, *down.shape[1:], device="meta")
+            up = shape_of(weights, f"{name}.up.weight", down.ndim)
+            shapes[f"{name}.weight"] = torch.empty(up[0], *shape_of(weights, key, down.ndim)[1:], device="meta")
     return shapes
 
 
@@ -322,8 +323,11 @@ def _factor(state: State, name: str, part: str) -> Tensor:
         raise ConfigurationError(f"{missing[0]} is missing: {name} has the other factor of its low-rank difference")
     up, down = state[f"{name}.up"], state[f"{name}.down"]
     kernel = _kernel(state, name)
-    columns = down.flatten(1).shape[1] if down.ndim > 1 else 0
-    if up.ndim < 2 or up.flatten(1).shape[1] != down.shape[0] or columns == 0 or columns % (kernel or 1) ** 2:
+    # Scalars and what is empty have no rank.
+    (rows, rank), (rank_down, columns) = (
+        t.flatten(1).shape if t.ndim > 1 and t.numel() else (0, 0) for t in (up, down)
+    )
+    if rows == 0 or columns == 0 or rank != rank_down or columns % (kernel or 1) ** 2:
         raise ConfigurationError(
             f"{name}.up is {times(up.shape)} and {name}.down {times(down.shape)}: expected out x rank and rank x in, "
             "for a convolution rank x in x height x width of its kernel"
@@ -342,7 +346,7 @@ def _kernel(state: State, name: str) -> int | None:
     # Projections are linear but for SD1.x, which alone has text tokens of 768 numbers.
     context = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
     tokens = state.get(f"{context}.down", state.get(f"{context}.weight"))
-    is_sd1 = tokens is not None and tokens.shape[-1] == 768
+    is_sd1 = tokens is not None and tokens.shape[-1:] == (768,)
     return 1 if is_sd1 and name.endswith((".1.proj_in", ".1.proj_out")) else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ZeroConvError
 from ..keys import State
 from .configuration import check_heads, describe_mismatch, read_unet_config
 from .layers import add
@@ -137,7 +138,7 @@ class ControlBranch(nn.Module):
         """Hint (B, hint_channels, 8H, 8W) in [0,1] -> guided hint (B, model_channels, H, W); once per sampling."""
         height, width = hint.shape[2:]
         if hint.shape[1] != self.hint_channels or height % 8 or width % 8:
-            raise ValueError(
+            raise ZeroConvError(
                 f"hint has {hint.shape[1]} channels of {width}x{height}; this {self.kind} takes {self.hint_channels} "
                 "channels, and width and height must be multiples of 8: resize the hint to 8 times the latent's size"
             )
@@ -158,7 +159,7 @@ class ControlBranch(nn.Module):
             if i == 0:
                 if guided_hint.shape[1:] != h.shape[1:]:
                     found, expected = ("x".join(map(str, t.shape[1:])) for t in (guided_hint, h))
-                    raise ValueError(
+                    raise ZeroConvError(
                         f"the guided hint is {found}, this latent needs {expected}: "
                         "encode a hint of 8 times the latent's size"
                     )
@@ -179,7 +180,7 @@ def connect(control: ControlBranch, connections: str, generator: torch.Generator
     are 0. They are drawn on the CPU, from `generator` or torch's own, and so are the same on every device.
     """
     if connections not in CONNECTIONS:
-        raise ValueError(f"connections are {' or '.join(CONNECTIONS)}, found {connections!r}: choose one of these")
+        raise ZeroConvError(f"connections are {' or '.join(CONNECTIONS)}, found {connections!r}: choose one of these")
     for convolution in control.connections():
         for parameter in convolution.parameters():
             nn.init.zeros_(parameter)
@@ -249,7 +250,7 @@ def read_hint_encoder(weights: State) -> tuple[int, str]:
     return hint_channels, "paper" if kernel == [4, 4] else "released"
 
 
-class BaseMismatch(ValueError):
+class BaseMismatch(ZeroConvError):
     """A base UNet that a control cannot begin as a copy of, or run on."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..errors import ZeroConvError
 from ..keys import times
 from .residuals import Residuals
 
@@ -19,7 +20,7 @@ HostControl = dict[str, list[Tensor | None]]
 """What ComfyUI's UNet takes: "input" in the order of the decoder, "output" in that of the encoder, and "middle"."""
 
 
-class InjectionError(ValueError):
+class InjectionError(ZeroConvError):
     """Residuals that do not fit the UNet that they are added to."""
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import ZeroConvError
 from ..keys import State
-from .configuration import ConfigurationError
+from .configuration import ConfigurationError, shape_of
 from .network import describe_hint
 from .unet import UNet, UNetConfig
 
@@ -30,7 +31,7 @@ Scale = Callable[[int, Tensor], Tensor | None]
 """Scales the delta (B,C,h,w) of encoder block i as `strength.ControlScales` does a residual; `None`: nothing's left."""
 
 
-class LLLiteError(ValueError):
+class LLLiteError(ZeroConvError):
     """A ControlLLLite and a UNet, or a hint, that do not go together."""
 
 
@@ -175,20 +176,21 @@ def build(
 
 
 def _build(weights: State, name: str, operations: Any, place: dict[str, Any]) -> LLLite:
-    def shape(part: str) -> torch.Size:
+    def shape(part: str, *ndims: int) -> tuple[int, ...]:
         key = f"{name}.{part}.weight"
         if key not in weights:
             raise ConfigurationError(
                 f"{key} is missing: expected all weights of each layer's network; download it again"
             )
-        return weights[key].shape
+        return shape_of(weights, key, weights[key].ndim if weights[key].ndim in ndims else ndims[0])
 
-    width, channels, *kernel = shape("down.0")
+    width, channels, *kernel = shape("down.0", 2, 4)
+    deepest = f"{name}.conditioning1.4.weight" in weights
     return LLLite(
         channels,
         width,
-        embedding=shape("conditioning1.0")[0] * 2,
-        depth=3 if f"{name}.conditioning1.4.weight" in weights else 2 if shape("conditioning1.2")[-1] == 4 else 1,
+        embedding=shape("conditioning1.0", 4)[0] * 2,
+        depth=3 if deepest else 2 if shape("conditioning1.2", 4)[-1] == 4 else 1,
         convolution=bool(kernel),
         operations=operations,
         **place,

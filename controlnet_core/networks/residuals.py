@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ZeroConvError
 from .layers import repeated
 
 
@@ -27,7 +28,7 @@ class Residuals:
 
     def __post_init__(self) -> None:
         if self.encoder and len(self.encoder) != len(self.skips):
-            raise ValueError(f"{len(self.skips)} skips need as many encoder residuals or none: {len(self.encoder)}")
+            raise ZeroConvError(f"{len(self.skips)} skips need as many encoder residuals or none: {len(self.encoder)}")
 
     def __iter__(self) -> Iterator[Tensor | None]:
         """What the decoder gets, in the order of the block weights: skips from shallow to deep, then the middle."""
@@ -36,6 +37,11 @@ class Residuals:
 
     def __len__(self) -> int:
         return len(self.skips) + 1
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take."""
+        return sum(tensor.nbytes for tensor in (*self, *self.encoder) if tensor is not None)
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None], encoder: Iterable[Tensor | None] = ()) -> Residuals:
@@ -71,7 +77,7 @@ class Residuals:
     def __add__(self, other: Residuals) -> Residuals:
         """Several controls add, with no further weighting (paper, section 3.4)."""
         if len(self) != len(other):
-            raise ValueError(f"residuals of different UNets cannot be added: {len(self)} and {len(other)} of them")
+            raise ZeroConvError(f"residuals of different UNets cannot be added: {len(self)} and {len(other)} of them")
         nothing = (None,) * len(self.skips)
         return Residuals.of(
             _sums(self, other),

@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ZeroConvError
 from ..keys import Condition, State, Weights, has, numbered, renamed, some
 from .configuration import ConfigurationError, shape_of
 from .layers import Downsample
@@ -21,7 +22,7 @@ from .residuals import Residuals
 from .unet import UNetConfig
 
 
-class AdapterError(ValueError):
+class AdapterError(ZeroConvError):
     """A hint that an adapter cannot read, or an adapter that a layout cannot hold."""
 
 

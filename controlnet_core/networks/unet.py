@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ZeroConvError
 from . import injection
 from .layers import Block, Downsample, ResBlock, SpatialTransformer, Upsample, add, timestep_embedding
 from .residuals import Residuals
@@ -163,7 +164,7 @@ class Encoder(nn.Module):
         if self.config.adm_in_channels is None:
             return emb
         if y is None:
-            raise ValueError(
+            raise ZeroConvError(
                 f"this UNet takes a pooled vector y of {self.config.adm_in_channels} numbers (SDXL), found none"
             )
         return add(emb, self.label_emb(y.to(x.dtype)))

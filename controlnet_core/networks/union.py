@@ -22,6 +22,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import ZeroConvError
 from ..keys import State, numbered
 from .configuration import check_heads, read_unet_config, shape_of
 from .controlnet import ControlNet
@@ -45,7 +46,7 @@ HEADS = 8
 """Of the transformer, as published: shapes do not tell."""
 
 
-class UnionError(ValueError):
+class UnionError(ZeroConvError):
     """Hints or types that this ControlNet Union cannot fuse."""
 
 

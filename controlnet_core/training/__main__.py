@@ -25,6 +25,7 @@ from ..data.dataset import Dataset
 from ..data.manifest import DatasetError
 from ..diffusion import alphas_cumprod
 from ..files.loading import LoadError, load_unet, read_weights
+from ..files.lock import LockedError, locked
 from ..files.saving import SaveError
 from ..networks.controlnet import BaseMismatch
 from . import config
@@ -41,6 +42,7 @@ EXPECTED = (
     DatasetError,
     DistributedError,
     LoadError,
+    LockedError,
     LogError,
     OptionsError,
     SaveError,
@@ -75,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(run: Run, process: Process) -> int:
     """Train until the end or until a signal asks to stop; gives the exit code."""
+    with locked(run.output) if process.rank == 0 else nullcontext():
+        return _run(run, process)
+
+
+def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
     unet = load_unet(*_read(run.base), name=run.base.name)
     watch = Watch(run, dataset) if process.rank == 0 else None

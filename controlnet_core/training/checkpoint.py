@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import saving
+from ..files import checksum, saving
 from ..files.loading import LoadError, read_weights
 from ..files.saving import write
 from ..files.writing import sweep
@@ -23,6 +23,14 @@ from .controlled_unet import ControlledUNet
 from .options import STRUCTURE, OptionsError, TrainingOptions
 
 log = logging.getLogger(__name__)
+
+CHECKSUM = "checksum"
+"""The name in a file's metadata of what tells whether the file is as it was written."""
+
+FACTS: dict[str, type | tuple[type, ...]] = {
+    "options": dict, "seconds": (int, float), "measured": list, "scaler": dict, "base": str, "data": str, "held": list,
+}  # fmt: skip
+"""What kind of value each of a checkpoint's facts is."""
 
 NAME = re.compile(r"step-(\d{8})\.safetensors")
 
@@ -48,7 +56,10 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder` and leave the newest `keep`; raises SaveError, and then none is lost."""
     path = folder / f"step-{checkpoint.step:08d}.safetensors"
-    write(path, checkpoint.tensors, {"step": str(checkpoint.step), "facts": json.dumps(checkpoint.facts)})
+    tensors = {name: tensor.detach().cpu() for name, tensor in checkpoint.tensors.items()}
+    facts = json.dumps(checkpoint.facts)
+    said = {"step": str(checkpoint.step), "facts": facts}
+    write(path, tensors, {**said, CHECKSUM: _checksum(tensors, said)})
     # A newer one is there only where it could not be read, and is no reason to delete those that can.
     for old in [each for each in files(folder) if each <= path][:-keep]:
         try:
@@ -69,14 +80,30 @@ def files(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in a file; raises LoadError saying what is wrong with it."""
+    """The checkpoint in a file; raises LoadError saying what is wrong with it.
+
+    All of it is read, and is as it was written; older checkpoints have no checksum that says so.
+    """
     tensors, metadata = read_weights(path)
     try:
-        return Checkpoint(int(metadata["step"]), tensors, json.loads(metadata["facts"]))
-    except (KeyError, ValueError) as error:
+        facts = json.loads(metadata["facts"])
+        found = Checkpoint(int(metadata["step"]), tensors, facts)
+        if not isinstance(facts, dict) or not all(
+            isinstance(facts[name], FACTS[name]) for name in FACTS if name in facts
+        ):
+            raise ValueError("facts of another kind")
+    except (KeyError, ValueError, RecursionError) as error:
         raise LoadError(
             f"{path.name}: this is no checkpoint of a training: choose a file step-*.safetensors"
         ) from error
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
+        raise LoadError(f"{path.name}: the file has changed since it was written, or was not written as it should be")
+    return found
+
+
+def _checksum(tensors: State, said: Mapping[str, str]) -> str:
+    """The checksum of all that a checkpoint says, by its tensors and the texts beside them."""
+    return checksum.of_tensors(tensors) + checksum.of_bytes(f"{said['step']} {said['facts']}".encode())
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -96,8 +123,13 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def kept(folder: Path) -> str:
     """What a training that ends here goes on from, in words."""
-    found = files(folder)
-    return f"{found[-1].name} is kept, and training goes on from it." if found else "No checkpoint was written yet."
+    for path in reversed(files(folder)):
+        try:
+            load(path)
+        except LoadError:
+            continue
+        return f"{path.name} is kept, and training goes on from it."
+    return "No checkpoint was written yet." if not files(folder) else "None of its checkpoints can be read."
 
 
 def fingerprint(base: State) -> str:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..errors import ZeroConvError
 from .options import MEANINGS, TrainingOptions
 
 OPTIONS = {field.name: field.default for field in fields(TrainingOptions)}
@@ -22,7 +23,7 @@ SECTIONS = {
 """The keys of each section; those of "" stand at the top of the file."""
 
 
-class ConfigError(ValueError):
+class ConfigError(ZeroConvError):
     """A TOML file that describes no training; the message begins with its name."""
 
 

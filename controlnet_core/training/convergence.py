@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import ZeroConvError
+
 LEVEL = 3
 """Measurements on the new level, the first on it included, before a jump counts."""
 FEWEST = 6
@@ -27,7 +29,7 @@ OUTLIER = 4.0
 """Standard deviations of the noise beyond both neighbours from which on a single score is taken for an outlier."""
 
 
-class ConvergenceError(ValueError):
+class ConvergenceError(ZeroConvError):
     """Measurements that are no curve."""
 
 

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import ZeroConvError
+
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others: longer than any of them writes a checkpoint, shorter than a night."""
 
 
-class DistributedError(RuntimeError):
+class DistributedError(ZeroConvError, RuntimeError):
     """Processes that cannot work together, or one that was left alone by the others."""
 
 

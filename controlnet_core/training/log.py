@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
+from ..errors import ZeroConvError
 from ..files.writing import replacing
 from .convergence import Average
 
@@ -26,7 +27,7 @@ RECENT = 100
 """The steps whose pace tells how long the rest will take."""
 
 
-class LogError(RuntimeError):
+class LogError(ZeroConvError, RuntimeError):
     """A log that cannot be written or gone on with; the message names the file and what to do."""
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.dataset import Batches, Dataset, to_device
 from ..diffusion import add_noise
+from ..errors import ZeroConvError
 from ..files.saving import SaveError
 from ..keys import State
 from ..networks.unet import UNetConfig
@@ -31,7 +32,7 @@ from .state import TrainingState
 log = logging.getLogger(__name__)
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(ZeroConvError, RuntimeError):
     """Training cannot go on; the message says why, what is kept and what to do."""
 
 

@@ -9,6 +9,8 @@ from typing import Any, get_type_hints
 
 import torch
 
+from ..errors import ZeroConvError
+from ..limits import BATCH
 from ..networks.controlnet import CONNECTIONS, HINT_ENCODERS
 
 KINDS = ("controlnet", "control_lora", "lite")
@@ -19,7 +21,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
-class OptionsError(ValueError):
+class OptionsError(ZeroConvError):
     """Options that cannot be trained with; the message says what is expected."""
 
 
@@ -181,8 +183,8 @@ CHOICES = {
 _MANY = float("inf")
 RANGES = {
     "steps": (1, _MANY),
-    "batch_size": (1, _MANY),
-    "accumulation": (1, _MANY),
+    "batch_size": (1, BATCH),
+    "accumulation": (1, BATCH),
     "learning_rate": (0, 1),
     "decoder_learning_rate": (0, 1),
     "seed": (0, 2**63 - 1),
@@ -196,7 +198,7 @@ RANGES = {
     "save_every": (1, _MANY),
     "keep": (1, _MANY),
     "sample_every": (0, _MANY),
-    "held_out": (0, _MANY),
+    "held_out": (0, BATCH),
     "sample_steps": (1, 1000),
     "guidance_scale": (0, _MANY),
 }

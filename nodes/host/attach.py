@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,6 +106,35 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
 
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     return clone
+
+
+def lost_in(graph: dict[str, Any], node_id: str | None) -> str:
+    """Where a prompt (API format) hands the MODEL of node `node_id` to a merge that drops control; empty where nowhere.
+
+    The host's merge nodes keep what hangs on `model1`; of `model2` they take weights alone.
+    """
+    reached, seen = [node_id], set()
+    while reached:
+        source = reached.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        for name, node in graph.items():
+            for given, value in node.get("inputs", {}).items():
+                if not (isinstance(value, list) and len(value) == 2 and str(value[0]) == source):
+                    continue
+                if given == "model2" and node.get("class_type", "").startswith("ModelMerge"):
+                    return f"model2 of {node['class_type']} (node {name})"
+                if given in ("model", "model1"):
+                    reached.append(name)
+    return ""
+
+
+def running_graph() -> dict[str, Any]:
+    """The prompt that the host's queue works on, in API format; empty where there is no queue."""
+    server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    running = server.prompt_queue.get_current_queue()[0] if hasattr(server, "prompt_queue") else []
+    return running[0][2] if running else {}
 
 
 def _warn_of_tiles(controls: Sequence[Control], size: tuple[int, ...], sampled: list[tuple[int, ...]]) -> None:

@@ -6,7 +6,9 @@ batches conds, calls `pre_run` once or twice, `get_control` at every step, and `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -17,23 +19,27 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...controlnet_core.dosing import reuse
 from ...controlnet_core.dosing.clock import Moment
 from ...controlnet_core.dosing.piece import Piece, parts
 from ...controlnet_core.dosing.strength import ControlScales, Strength
 from ...controlnet_core.dosing.window import Window
+from ...controlnet_core.errors import ZeroConvError, printable
 from ...controlnet_core.keys import times
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import SD15, UNetConfig
-from . import run
+from . import given, run
+from .graphs import Beside
 from .kept import Kept
 from .resize import POSITIONS, Resize, at_positions, resize, with_positions
+from .watch import Finite
 
 RECORD = "zeroconv_record"
 """Key in `transformer_options`: the record that RecordControl makes of what each control adds."""
 
 
-class ControlError(ValueError):
+class ControlError(ZeroConvError):
     """A control that does not fit the model or the graph it is used in."""
 
 
@@ -118,7 +124,7 @@ class Control(comfy.controlnet.ControlNet):
 
     def __init__(self, name: str):
         super().__init__(None)
-        self.name = name
+        self.name = printable(name)
         self.device = comfy.model_management.get_torch_device()
         self.control_model: Any = HintsAsGiven()
         self.dosing = Strength()
@@ -126,7 +132,7 @@ class Control(comfy.controlnet.ControlNet):
         self.on_both_prompts = False
         self._uncut: Tensor | None = None
         self._channels = 0
-        self._held = _held(SD15.residual_shapes(64, 64), 1)  # until it is known
+        self._held, self._held_long = _held(SD15.residual_shapes(64, 64), 1), 0  # until it is known
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -139,6 +145,10 @@ class Control(comfy.controlnet.ControlNet):
         self._percent_to_sigma: Any = None
         self._model_config: UNetConfig | None = None
         self._kept = Kept()
+        self._reused = reuse.Reused(self.dosing.reuse)
+        self._evaluated: Tensor | None = None
+        self._asked: Counter[Hashable] = Counter()
+        self._finite = Finite(self.name)
 
     # -- what nodes call -------------------------------------------------------------------------------------------
 
@@ -165,10 +175,16 @@ class Control(comfy.controlnet.ControlNet):
 
     def set_cond_hint(self, cond_hint: Tensor, *args: Any, **kwargs: Any) -> Control:
         """Take a hint (B,C,H,W) and the host's settings, whose number differs between its versions."""
+        cond_hint = given.hint(cond_hint, self.hint_channels, self.name)
         super().set_cond_hint(cond_hint, *args, **kwargs)
         self.cond_hint_original = self._uncut = cond_hint if self.dosing.mask is None else with_positions(cond_hint)
         self._channels = cond_hint.shape[1]
         return self
+
+    @property
+    def hint_channels(self) -> int:
+        """Channels of the hint that it takes."""
+        return 3
 
     def full_strength(self) -> Strength:
         """The strength that all settings describe, the host's and ours; raises for a window that cannot be meant."""
@@ -214,17 +230,35 @@ class Control(comfy.controlnet.ControlNet):
         self.sub_idxs = self.full_latent_length = self.context_length = None
 
     def cleanup(self) -> None:
-        """End a run."""
-        super().cleanup()
-        self._forget_run()
+        """End a run; raises NotFiniteError where it gave residuals that nothing can be made of."""
+        finite = self._finite
+        try:
+            super().cleanup()
+        finally:
+            self._forget_run()
+        finite.check()
 
-    def expect(self, model: Any, frames: int, height: int, width: int) -> None:
-        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be."""
-        self._held = _held(self._config_of(model).residual_shapes(height, width), frames)
+    def let_go(self) -> None:
+        """End a run whose end is told by another error already."""
+        self._finite = Finite(self.name)
+        self.cleanup()
+
+    def expect(self, model: Any, frames: int, height: int, width: int, whole: int) -> None:
+        """Hear, before memory is reckoned, on which `model` and with how many latents one call of the UNet will be.
+
+        `whole` are those of the run, where windows divide it.
+        """
+        shapes = self._config_of(model).residual_shapes(height, width)
+        self._held = _held(shapes, frames)
+        self._held_long = reuse.HELD * 2 * whole * sum(map(prod, shapes)) if self._reuses else 0
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals."""
-        return max(self._memory(dtype), super().inference_memory_requirements(dtype))
+        """Bytes beyond the UNet's own that a call holds; controls of a chain add into the same residuals.
+
+        What is held from step to step is each control's own.
+        """
+        held_long = min(self._held_long * comfy.model_management.dtype_size(dtype), reuse.LIMIT)
+        return held_long + max(self._memory(dtype), super().inference_memory_requirements(dtype))
 
     def _memory(self, dtype: torch.dtype) -> float:
         return self._held * comfy.model_management.dtype_size(dtype)
@@ -236,8 +270,10 @@ class Control(comfy.controlnet.ControlNet):
         previous, before = None, self._before
         if before is not None:
             previous = before.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        call = self._call(x_noisy, t, cond, batched_number, transformer_options)
-        return previous if call is None else self._act(call, previous)
+        with self._beside(x_noisy.device, transformer_options) as beside:
+            call = self._call(x_noisy, t, cond, batched_number, transformer_options)
+            given = previous if call is None else self._act(call, previous)
+            return given if beside is None or call is None or given is None else beside.waited(given)
 
     # -- one call --------------------------------------------------------------------------------------------------
 
@@ -285,9 +321,9 @@ class Control(comfy.controlnet.ControlNet):
 
     def _frames(self, options: dict[str, Any]) -> tuple[int, ...] | None:
         """The numbers of the frames that a call is about, where it is about some of the run's alone."""
-        given = getattr(self, "sub_idxs", None)
-        if given is not None:
-            return tuple(given)
+        told = getattr(self, "sub_idxs", None)
+        if told is not None:
+            return tuple(told)
         window = options.get("context_window")
         if window is None or getattr(window, "dim", None) != 0:
             return None
@@ -300,7 +336,8 @@ class Control(comfy.controlnet.ControlNet):
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
         _watch_sizes(call.options, self._model_config)
-        residuals = self._residuals(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
+        residuals = self._weighed(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
+        self._finite.see(call.x, residuals)
         if RECORD in call.options:
             call.options[RECORD].add(self.name, self._moment(call.options, call.t), residuals)
         if previous is not None:
@@ -309,6 +346,44 @@ class Control(comfy.controlnet.ControlNet):
             injection.check(residuals, shapes)
             residuals = before + residuals
         return injection.as_host_control(residuals, shapes)
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether residuals of earlier steps may tell those of a call."""
+        return self.dosing.reuse > 0
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether residuals at strength 1 stay here for later calls."""
+        return self._reuses
+
+    def _weighed(self, call: Call, scales: ControlScales) -> Residuals:
+        """The residuals of this call, which others may change as they like."""
+        current = self._current(call)
+        weighed = scales.apply(current)
+        kept = {id(residual) for residual in (*current, *current.encoder)} if self._keeps else ()
+        return weighed.mapped(lambda _, residual: residual.clone() if id(residual) in kept else residual)
+
+    def _current(self, call: Call) -> Residuals:
+        """The residuals of this call at strength 1: computed, or told from those of the steps before."""
+        if not self._reuses:
+            return self._residuals(call)
+        # Calls of one evaluation of the model have the same sigmas, the very tensor. Where tiles of one size follow one
+        # another in it and nothing else tells them apart, their number does.
+        sigmas = call.options.get("sigmas", call.t)
+        if self._evaluated is not sigmas:
+            self._evaluated, self._asked = sigmas, Counter()
+        prompts = call.options.get("uuids")
+        made_of, alive = self._made_of(call)
+        piece = (call.x.shape, call.piece, tuple(prompts[i] for i in call.halves) if prompts else (), made_of)
+        self._asked[piece] += 1
+        moment = self._moment(call.options, call.t)
+        return self._reused.at((piece, self._asked[piece]), moment, lambda: self._residuals(call), alive)
+
+    def _made_of(self, call: Call) -> tuple[Hashable, Any]:
+        """What residuals depend on besides the latent and the moment, and the objects whose ids are in it."""
+        hint = self._hint(call)
+        return hint.key, hint.alive
 
     def _in_batch(self, call: Call, part: Tensor) -> Tensor:
         """The residual of the samples that control acts on, with zeros for the others of the call."""
@@ -376,6 +451,12 @@ class Control(comfy.controlnet.ControlNet):
     def _mask_of(self, call: Call, mask: Tensor) -> Tensor:
         """The mask (B,1,8H,8W) for this call: cut like the hint, where somebody has cut that."""
         height, width = (8 * n for n in call.size)
+        pictures = max(call.piece.frames) + 1
+        if len(mask) > pictures and self._frames(call.options) is None:
+            raise ControlError(
+                f"{self.name}: the mask has {len(mask)} pictures, and {pictures} {'is' if pictures == 1 else 'are'} "
+                "sampled: connect one for all or one for each"
+            )
         hint = self._hint(call)
         if hint.source is self._uncut:
             made = self._kept.get(
@@ -408,8 +489,12 @@ class Control(comfy.controlnet.ControlNet):
         """The configuration of the host's `model` (a BaseModel); ControlError where the network does not fit it."""
         raise NotImplementedError
 
-    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
-        """The residuals of this call, multiplied by `scales`."""
+    def _beside(self, device: torch.device, options: dict[str, Any]) -> AbstractContextManager[Beside | None]:
+        """Where a call runs: beside the UNet, which then waits for what it is given, or, with `None`, before it."""
+        return nullcontext()
+
+    def _residuals(self, call: Call) -> Residuals:
+        """The residuals of this call at strength 1, computed."""
         raise NotImplementedError
 
 

@@ -17,8 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ...annotators import ANNOTATORS, pipeline
-from ...annotators.compare import resized
-from ...annotators.images import AnnotatorError, to_bytes, to_picture
+from ...annotators.images import AnnotatorError, resized, to_bytes, to_picture
 from ...controlnet_core.data import caching, sources
 from ...controlnet_core.data.caching import Annotate, CachingProgress
 from ...controlnet_core.data.dataset import Dataset
@@ -26,6 +25,8 @@ from ...controlnet_core.data.manifest import NAME, DatasetError
 from ...controlnet_core.data.pictures import PictureError
 from ...controlnet_core.data.sources import Item, Skipped
 from ...controlnet_core.data.writer import CachingOptions, EncodePictures, EncodePrompt
+from ...controlnet_core.files.lock import locked
+from ...controlnet_core.files.saving import SaveError
 from ...lab.folder import PROMPTS, render_folder
 from . import annotators as host_annotators
 from .models import unet_config
@@ -34,6 +35,9 @@ from .save import name_parts
 
 PLACE = "zeroconv"
 """The folder of this pack's files in the host's output folder."""
+
+OWN_PLACES = "control_datasets"
+"""What the machine's owner calls the folders in `extra_model_paths.yaml` that datasets may be written to."""
 
 SDXL_CONTEXT = 2048
 """Channels of SDXL's text embeddings; SD1.x has 768 and SD2.x 1024."""
@@ -75,7 +79,7 @@ def make(
     encode_pictures, encode_prompt = encoders(vae, clip, model)
     annotate = None if options.hints == GIVEN else annotator(options.hints, options.hint_resolution, node_id)
     run = caching.make(folder, items, encode_pictures, encode_prompt, annotate, options)
-    with closing(run):  # type: ignore[type-var]
+    with locked(folder), closing(run):  # type: ignore[type-var]
         move: Callable[[int, Any], None] | None = None
         for progress in run:
             move = move or bar(max(1, progress.steps), node_id)
@@ -88,11 +92,20 @@ def make(
 def folder_of(name: str, kind: str) -> Path:
     """The folder that `name` means: below `zeroconv/<kind>` of the host's output folder, or as it is when absolute.
 
-    Raises SaveError for names that no system can have.
+    Raises SaveError for names that no system can have, and for a whole path that leads to where nobody said that nodes
+    may write: below the host's output folder, or below what `extra_model_paths.yaml` names `control_datasets`.
     """
-    if Path(name.strip()).is_absolute():
-        return Path(name.strip())
-    return Path(folder_paths.get_output_directory()).joinpath(PLACE, kind, *name_parts(name))
+    if not Path(name.strip()).is_absolute():
+        return Path(folder_paths.get_output_directory()).joinpath(PLACE, kind, *name_parts(name))
+    named = folder_paths.get_folder_paths(OWN_PLACES) if OWN_PLACES in folder_paths.folder_names_and_paths else []
+    folder = Path(name.strip()).resolve()
+    for place in (folder_paths.get_output_directory(), *named):
+        if folder.is_relative_to(Path(place).resolve()):
+            return folder
+    raise SaveError(
+        f"{folder} lies outside of the folders that nodes may write to: give a name, which is a folder below the "
+        f"output folder, or name a folder around it {OWN_PLACES} in extra_model_paths.yaml"
+    )
 
 
 def folder_to_read(folder: str) -> Path:
@@ -204,7 +217,8 @@ def annotator(name: str, resolution: int, node_id: str | None) -> Annotate:
 def _report(dataset: Dataset, layout: str, items: Sequence[Item], run: CachingProgress) -> str:
     files = [*dataset.manifest.prompts, *dataset.manifest.shards]
     buckets = ", ".join(f"{len(found)} of {width}x{height}" for (height, width), found in dataset.buckets.items())
-    uncaptioned = sum(not item.prompt for item in items)
+    unused = {skipped.name for skipped in run.skipped}
+    uncaptioned = sum(not item.prompt for item in items if item.name not in unused)
     lines = [
         f"dataset {dataset.folder}",
         f"made of {layout}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -13,8 +12,10 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ...controlnet_core.files.kinds import unwrapped
 from ...controlnet_core.files.layouts import OTHER_PARTS
-from ...controlnet_core.files.loading import LoadedControl, load_control, read_weights, usual_dtype
+from ...controlnet_core.files.loading import LoadedControl, load_control, usual_dtype
+from ...controlnet_core.files.reading import forms, joined, read_weights, tensors_of
 from ...controlnet_core.networks.control_lora import MARKER, ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
 from ...controlnet_core.networks.lite import ControlNetLite
@@ -92,6 +93,7 @@ def load(
 def _load(path: Path, name: str, weight_dtype: torch.dtype | None, model: Any) -> tuple[LoadedControl, torch.dtype]:
     """The network in a file, in the dtypes that the host would choose, and the one that it computes in."""
     state, metadata = _read(path)
+    state = unwrapped(state)
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
     stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
     if MARKER in state:
@@ -111,11 +113,15 @@ def _load(path: Path, name: str, weight_dtype: torch.dtype | None, model: Any) -
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The file's tensors through the host's loader; what it cannot read, our own says better."""
-    read = partial(comfy.utils.load_torch_file, str(path), safe_load=True)
-    try:
-        state, metadata = read(return_metadata=True)
-    except Exception:
-        read_weights(path)
-        raise
-    return state, metadata or {}
+    """The file's tensors through the host's loader, and through our own what that takes for another kind of file."""
+    found = []
+    for part, safetensors in forms(path):
+        named = part.suffix.lower() in (".safetensors", ".sft")
+        try:
+            if safetensors != named:
+                return read_weights(path)
+            state, metadata = comfy.utils.load_torch_file(str(part), safe_load=True, return_metadata=True)
+            found.append((tensors_of(state), metadata or {}))
+        except Exception:  # noqa: BLE001 - whatever the host's loader says of a file, our own reads it or says it better
+            return read_weights(path)
+    return joined(found)

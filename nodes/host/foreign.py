@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.configuration import ConfigurationError, describe_mismatch, read_unet_config
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
 from .control import Call, Control, ControlError
 from .models import unet_config
-from .resize import resize
+from .resize import check_crop, resize
 
 
 class ForeignControl(Control):
@@ -92,7 +91,7 @@ class ForeignControl(Control):
                 raise ControlError(f"{self.name}: {mismatch}")
         return config
 
-    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
+    def _residuals(self, call: Call) -> Residuals:
         assert self._model_config is not None
         hint = self._hint(call)
         # It knows of no frames: what it is shown is for the samples of one part of the batch, in their order. One of
@@ -101,7 +100,9 @@ class ForeignControl(Control):
         order = None if hint.count is None or cuts_itself else self._order(call, hint.count)
         if self._shown is None or self._shown[0] != (hint.key, order):
             rows, size = self._original_hint() if cuts_itself else hint.rows, (call.size[0] * 8, call.size[1] * 8)
-            if self.resize != "crop" and rows.shape[2:] != size:
+            if self.resize == "crop":
+                check_crop(rows, *size)
+            elif rows.shape[2:] != size:
                 rows = resize(rows, *size, self.resize)
             self._show(rows if order is None else rows[list(order)])
             self._shown = (hint.key, order), hint.alive
@@ -117,7 +118,7 @@ class ForeignControl(Control):
                 f"{self.name} hands out no residuals here, so that they cannot be dosed: use the apply node of the "
                 "pack that it comes from"
             )
-        return scales.apply(injection.from_host_control(control, len(self._model_config.skip_channels)))
+        return injection.from_host_control(control, len(self._model_config.skip_channels))
 
 
 def _config_of(network: torch.nn.Module) -> UNetConfig | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -40,13 +40,8 @@ class Kept:
 
 
 def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Residuals)):
         return value.nbytes
-    parts: Iterable[Any] = ()
     if isinstance(value, ControlScales):
-        parts = () if value.mask is None else (value.mask,)
-    elif isinstance(value, Residuals):
-        parts = (*value, *value.encoder)
-    elif isinstance(value, dict):
-        parts = value.values()
-    return sum(map(_bytes, parts))
+        return 0 if value.mask is None else value.mask.nbytes
+    return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0

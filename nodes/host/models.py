@@ -14,12 +14,13 @@ import torch
 from comfy.ldm.modules import attention
 from torch import Tensor
 
+from ...controlnet_core.errors import ZeroConvError
 from ...controlnet_core.files.loading import LoadedControl
 from ...controlnet_core.networks.network import ControlNetwork
 from ...controlnet_core.networks.unet import UNetConfig
 
 
-class ModelError(ValueError):
+class ModelError(ZeroConvError):
     """A model that no control of this pack can act on."""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from comfy.ldm.modules import attention
 from torch import Tensor
 
-from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.files.loading import LoadedControl
 from ...controlnet_core.networks.control_lora import ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
@@ -17,12 +20,17 @@ from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES, UnionControlNet
-from .control import Call, Control, ControlError, Hint, repeats
+from . import graphs
+from .control import RECORD, Call, Control, ControlError, Hint, repeats
 from .models import on_device, unet_config
 from .resize import resize
 
 ENCODED_PIXELS = 2 * 512 * 512
 """Pixels of hints that are encoded at once: at full size an encoder's features are many times what it gives."""
+
+
+TEXTS = 8
+"""Texts of a run that stay on the device for its next steps: one or two a prompt, more where prompts have areas."""
 
 
 Inputs = tuple[Tensor | None, ...]
@@ -46,6 +54,11 @@ class NetworkControl(Control):
         c = type(self)(self.name, self.loaded, self.patcher, self.compute_dtype)
         self.copy_to(c)
         return c
+
+    @property
+    def hint_channels(self) -> int:
+        """Channels of the hint that it takes; 1 is the mean of a picture's."""
+        return self.network.hint_channels
 
     def get_models(self) -> list[Any]:
         """The host loads these with the model."""
@@ -107,27 +120,51 @@ class ControlNetControl(NetworkControl):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._sampling: Any = None
+        self._weights: graphs.Weights | None = None
+        self._runs_beside: graphs.Beside | None = None
+        self._texts: list[tuple[Tensor, Tensor]] = []
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Begin a run."""
         super().pre_run(model, percent_to_timestep_function)
         self._sampling = model.model_sampling
+        graphs.RUNNER.begin()
+        self._weights = graphs.Weights(self.patcher, self.network)
+
+    @contextmanager
+    def _beside(self, device: torch.device, options: dict[str, Any]) -> Iterator[graphs.Beside | None]:
+        if self._weights is None or RECORD in options:  # a record is read while the run goes on
+            yield None
+            return
+        with graphs.RUNNER.beside(self.name, self._weights, device, options) as beside:
+            self._runs_beside = beside
+            try:
+                yield beside
+            finally:
+                self._runs_beside = None
 
     @property
     def one_sided(self) -> bool:
         """Whether control acts on the conditional half of guidance alone."""
         return self.global_average_pooling or super().one_sided
 
-    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
-        return self._run(self._inputs(call), scales, len(call.x))
+    def _residuals(self, call: Call) -> Residuals:
+        inputs, samples, beside = self._inputs(call), len(call.x), self._runs_beside
+        run = partial(self._run, samples)
+        return run(*inputs) if beside is None else beside.run(run, inputs, (*self._baked, samples))
 
-    def _run(self, inputs: Inputs, scales: ControlScales, samples: int) -> Residuals:
-        """One pass of the network, from its inputs to weighed residuals for so many samples.
+    @property
+    def _baked(self) -> tuple[Hashable, ...]:
+        """What a pass depends on besides its inputs and weights: attention is a name that other nodes set anew."""
+        return type(self), self.global_average_pooling, attention.optimized_attention
+
+    def _run(self, samples: int, *inputs: Tensor | None) -> Residuals:
+        """One pass of the network, from its inputs to the residuals at strength 1 of so many samples.
 
         It depends on these alone. Inputs of fewer samples count as repeated, and so do residuals.
         """
         residuals = self.network(*inputs).repeated(samples)
-        return scales.apply(residuals.pooled() if self.global_average_pooling else residuals)
+        return residuals.pooled() if self.global_average_pooling else residuals
 
     def _inputs(self, call: Call) -> Inputs:
         """What the network's forward takes; what is the same in both halves of guidance, once."""
@@ -138,7 +175,7 @@ class ControlNetControl(NetworkControl):
         # The same prompt for both halves: the same residuals.
         if len(guided_hint) <= once and all(text is None or repeats(text, once) for text in texts):
             texts = [None if text is None else text[:once] for text in texts]
-        context, y = (None if text is None else text.to(**place) for text in texts)
+        context, y = (None if text is None else self._moved(text, place) for text in texts)
         return (
             self._sampling.calculate_input(t, x).to(**place),
             self._sampling.timestep(t).to(x.device, torch.float32),  # bf16 has no number for most timesteps
@@ -146,6 +183,16 @@ class ControlNetControl(NetworkControl):
             guided_hint,
             y,
         )
+
+    def _moved(self, text: Tensor, place: dict[str, Any]) -> Tensor:
+        """`text` where the network is; the host gives it on the CPU at every call, and what stays is moved once."""
+        if text.device == place["device"]:
+            return text.to(**place)
+        for given, moved in self._texts:
+            if given.device == text.device and torch.equal(given, text):
+                return moved
+        self._texts = [(text.clone(), text.to(**place)), *self._texts[: TEXTS - 1]]
+        return self._texts[0][1]
 
     def _guided_hint(self, call: Call) -> Tensor:
         """The guided hint of each of the samples that differ, or a single one for all of them."""
@@ -167,11 +214,14 @@ class ControlLoraControl(ControlNetControl):
         super().pre_run(model, percent_to_timestep_function)
         self.network.bind(model.diffusion_model)
         self.compute_dtype = model.manual_cast_dtype or model.get_dtype()
+        graphs.RUNNER.drop(self.network)  # they read what was bound before
+        self._weights = graphs.Weights(self.patcher, self.network, model)
 
     def cleanup(self) -> None:
         """End a run; the model is let go."""
         super().cleanup()
         self.network.unbind()
+        graphs.RUNNER.drop(self.network)
 
 
 class UnionControl(ControlNetControl):
@@ -198,6 +248,7 @@ class UnionControl(ControlNetControl):
             and other.type_number is not None
             and self.type_number is not None
             and other.dosing.guidance == self.dosing.guidance
+            and other.dosing.reuse == self.dosing.reuse
             and _same(other.dosing.mask, self.dosing.mask)
             and other.dosing.block_weights == self.dosing.block_weights
             and not any(c.dosing.schedule and c.dosing.schedule.per_image for c in (self, other))
@@ -232,6 +283,12 @@ class UnionControl(ControlNetControl):
         # In the authors' network the pictures of a batch see each other: a window must not change what they see.
         return super()._numbers(call, count) if self.type_number is None else tuple(range(count))
 
+    def _made_of(self, call: Call) -> tuple[Hashable, Any]:
+        # Fused, strengths are no factors of the residuals.
+        strengths = [value for _, value in self._acting] if len(self._acting) > 1 else []
+        parts = [ControlNetControl._made_of(control, call) for control, _ in self._acting]
+        return (tuple(key for key, _ in parts), tuple(strengths), self._types), [alive for _, alive in parts]
+
     @property
     def _types(self) -> tuple[int, ...]:
         """The types of the hints that act now."""
@@ -239,6 +296,7 @@ class UnionControl(ControlNetControl):
 
     def _inputs(self, call: Call) -> Inputs:
         x, *inputs = super()._inputs(call)
+        assert x is not None
         types = self._types
         key = ("types", types, x.device, x.dtype)
         return (x, *inputs, self._kept.get(key, lambda: self.network.embed_types(types, x)))
@@ -269,16 +327,18 @@ class AdapterControl(NetworkControl):
     def _joined(self, parts: list[Residuals]) -> Residuals:
         return Residuals.cat(parts)
 
-    def _residuals(self, call: Call, scales: ControlScales) -> Residuals:
+    @property
+    def _reuses(self) -> bool:
+        return False  # it computes nothing again as it is
+
+    @property
+    def _keeps(self) -> bool:
+        return True
+
+    def _residuals(self, call: Call) -> Residuals:
         hint, encoded = self._encode(call, self.network.hint_multiple)
         # One hint for all samples: its residuals broadcast over them.
-        residuals = encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
-
-        def scaled(i: int, residual: Tensor) -> Tensor | None:
-            found = scales.scaled(i, residual)
-            return residual.clone() if found is residual else found  # others may change what they are given
-
-        return residuals.mapped(scaled)
+        return encoded.mapped(lambda _, residual: hint.of(call.piece, residual))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

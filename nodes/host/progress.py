@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import comfy.model_management
 import comfy.utils
 
+from ...controlnet_core.errors import printable
+
 T = TypeVar("T")
 
 
@@ -37,7 +39,7 @@ def say(text: str, node_id: str | None) -> None:
     """Show `text` on the node while it runs, where this host can."""
     server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(printable(text), node_id)
 
 
 def bar(total: int, node_id: str | None) -> Callable[[int, Any], None]:

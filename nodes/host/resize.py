@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .given import GivenError
+
 Resize = Literal["crop", "stretch", "pad"]
 RESIZES: tuple[Resize, ...] = ("crop", "stretch", "pad")
 
@@ -23,6 +25,7 @@ def resize(image: Tensor, height: int, width: int, how: Resize, smooth: bool = F
         return image
     method = "bilinear" if smooth else "nearest-exact"
     if how == "crop":
+        check_crop(image, height, width)
         return comfy.utils.common_upscale(image, width, height, method, "center")
     if how == "stretch":
         return comfy.utils.common_upscale(image, width, height, method, "disabled")
@@ -31,6 +34,20 @@ def resize(image: Tensor, height: int, width: int, how: Resize, smooth: bool = F
     inner = comfy.utils.common_upscale(image, inner_width, inner_height, method, "disabled")
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
     return F.pad(inner, (left, width - inner_width - left, top, height - inner_height - top))
+
+
+def check_crop(image: Tensor, height: int, width: int) -> None:
+    """Raise GivenError where the middle of `image` (B,C,H,W) in the shape of height x width has no pixel."""
+    rows, columns = image.shape[2:]
+    # As the host rounds what it cuts off on each side.
+    kept = [side - 2 * round((side - min(side, fitting)) / 2) for side, fitting in (
+        (rows, columns * height / width), (columns, rows * width / height)
+    )]  # fmt: skip
+    if min(kept) < 1:
+        raise GivenError(
+            f"a picture of {columns}x{rows} has no pixel left when its middle is cut to the shape of {width}x{height}: "
+            "choose resize stretch or pad, or a picture of another shape"
+        )
 
 
 POSITIONS = 2

@@ -75,7 +75,7 @@ def sample(executor: Any, call: inspect.BoundArguments) -> Any:
     finally:  # the host ends controls too, but not after an exception or Cancel
         for control in controls(guider.conds):
             if hasattr(control, "expect"):
-                control.cleanup()
+                control.let_go()
 
 
 def begin(arguments: dict[str, Any], guider: Any) -> None:
@@ -94,12 +94,13 @@ def begin(arguments: dict[str, Any], guider: Any) -> None:
             clock.begun(0)
             arguments["callback"] = _counting(clock, arguments.get("callback"))
         options[RUN] = Run(clock)
-    handler, frames = guider.model_options.get("context_handler"), len(arguments["noise"])
+    handler, whole = guider.model_options.get("context_handler"), len(arguments["noise"])
+    frames = whole
     if getattr(handler, "dim", None) == 0:
-        frames = min(frames, handler.context_length)
+        frames = min(whole, handler.context_length)
     for control in controls(guider.conds):
         if hasattr(control, "expect"):
-            control.expect(guider.model_patcher.model, frames, *arguments["noise"].shape[-2:])
+            control.expect(guider.model_patcher.model, frames, *arguments["noise"].shape[-2:], whole)
             if control.counts_steps:
                 options[RUN].clock.check_steps()
 

@@ -14,6 +14,7 @@ import torch
 from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import load_control, usual_dtype
 from ...controlnet_core.files.saving import SaveError
+from ...controlnet_core.limits import FOLDERS, NAME
 from ...lab.models import CONTROLS
 from .models import dtypes, patcher_of, unet_config
 from .networks import ControlNetControl
@@ -105,11 +106,22 @@ def users_folder() -> Path:
 def name_parts(filename: str) -> tuple[str, ...]:
     """Folders and name of a file, as every system can have them; raises SaveError for others, and for ways out."""
     parts = re.split(r"[/\\]", filename.strip().removesuffix(SUFFIX))
+    if len(parts) > FOLDERS or any(len(part.encode("utf-8", "replace")) > NAME for part in parts):
+        raise SaveError(
+            f"filename {filename!r} has {len(parts)} parts of up to {max(map(len, parts))} characters: expected at "
+            f"most {FOLDERS} of {NAME} bytes"
+        )
     for part in parts:
-        if not part or re.search(r'[<>:"|?*\x00-\x1f]', part) or part[-1] in ". " or RESERVED.fullmatch(part):
+        if (
+            not part
+            or not part.isprintable()
+            or re.search(r'[<>:"|?*]', part)
+            or part[-1] in ". "
+            or RESERVED.fullmatch(part)
+        ):
             raise SaveError(
                 f"filename {filename!r} has a part {part!r}: expected names with / between them, without "
-                '< > : " | ? *, no dot or space at the end, and none that Windows reserves'
+                'what cannot be printed and < > : " | ? *, no dot or space at the end, and none that Windows reserves'
             )
     return tuple(parts)
 

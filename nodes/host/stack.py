@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...controlnet_core.dosing.block_weights import BlockWeights
 from ...controlnet_core.dosing.strength import Strength
+from ...controlnet_core.errors import ZeroConvError
 from . import files
 from .control import Control
 from .foreign import ForeignControl
@@ -20,7 +21,7 @@ Entry = tuple[Any, Tensor, float, float, float]
 """(control_net, image (B,H,W,3) in 0..1, strength, start, end); the rest rides on control_net."""
 
 
-class StackError(ValueError):
+class StackError(ZeroConvError):
     """Something in the place of a CONTROL_NET_STACK, or of what one is made of."""
 
 

@@ -22,6 +22,7 @@ from ...controlnet_core.data.writer import SAME_ENCODER, probe_picture, relative
 from ...controlnet_core.diffusion import alphas_cumprod
 from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import read_weights
+from ...controlnet_core.files.lock import locked
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.training import checkpoint, loop
 from ...controlnet_core.training.distributed import Process
@@ -81,7 +82,7 @@ def train(
     score = structure if fidelity == "structure" else annotated(dataset, decoder, node_id)
 
     comfy.model_management.unload_all_models()
-    with torch.inference_mode(False), torch.enable_grad():
+    with locked(folder), torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
         process = Process(device=comfy.model_management.get_torch_device())
@@ -138,7 +139,7 @@ def noise_schedule(model: Any) -> tuple[Tensor, str]:
             f"the model is sampled by {known}: training knows models of 1000 timesteps that predict the noise or the "
             "velocity (SD1.x, SD2.x, SDXL). Connect such a model, without a sampling node for distilled ones"
         )
-    alphas = 1 / (sampling.sigmas.to("cpu", torch.float64, copy=True) ** 2 + 1)
+    alphas = 1 / (sampling.sigmas.cpu().double() ** 2 + 1)
     usual = alphas_cumprod()
     # The host keeps sigmas in fp32. Where they are SD's, its numbers to the last bit: those of a training elsewhere.
     same = alphas.shape == usual.shape and torch.allclose(alphas, usual.double(), rtol=1e-5)

@@ -24,7 +24,7 @@ from ...controlnet_core.data.pictures import PictureError
 from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import read_weights
 from ...controlnet_core.training.fidelity import Score
-from ...controlnet_core.training.log import Log, duration
+from ...controlnet_core.training.log import Log, LogError, duration
 from ...controlnet_core.training.loop import Progress
 from ...controlnet_core.training.options import TrainingOptions
 from ...controlnet_core.training.plot import plot
@@ -202,7 +202,17 @@ def newest_plot(folder: Path) -> Tensor:
 
 
 def summary(folder: Path) -> str:
-    """A run in a few words, from its log."""
+    """A run in a few words, from its log; raises LogError where something else is in its place."""
+    try:
+        return _summary(folder)
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
+        raise LogError(
+            f"the log of {folder} cannot be read ({type(error).__name__}: {error}): delete losses.csv and fidelity.csv "
+            "there and train on, or choose another name"
+        ) from error
+
+
+def _summary(folder: Path) -> str:
     losses, measured = _rows(folder / "losses.csv"), _rows(folder / "fidelity.csv")
     says = [
         f"{last['step']} steps in {duration(float(last['seconds']))}, loss {float(last['smoothed']):.4f} (smoothed)"

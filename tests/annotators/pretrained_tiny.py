@@ -20,6 +20,8 @@ from transformers import (
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrResNetConfig,
+    Sam2VideoConfig,
+    Sam2VideoModel,
     SwinConfig,
     VitPoseBackboneConfig,
     VitPoseConfig,
@@ -244,3 +246,53 @@ def _spread(network: PreTrainedModel) -> None:
     for parameter in network.parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
+
+
+def sam2(folder: Path) -> tuple[Path, Path]:
+    """facebook/sam2.1-hiera-tiny without its size: published as the network for videos, whose memory pictures leave."""
+    torch.manual_seed(0)
+    side, width = 128, 16
+    backbone = {
+        "hidden_size": 8,
+        "image_size": [side, side],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [8, 16, 32, 64],
+        "num_attention_heads_per_stage": [1, 1, 2, 2],
+        "window_size_per_stage": [4, 2, 4, 2],
+        "global_attention_blocks": [3],
+        "window_positional_embedding_background_size": [4, 4],
+    }
+    network: Any = Sam2VideoModel(
+        Sam2VideoConfig(
+            vision_config={
+                "backbone_config": backbone,
+                "backbone_channel_list": [64, 32, 16, 8],
+                "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+                "fpn_hidden_size": width,
+            },
+            prompt_encoder_config={"hidden_size": width, "image_size": side, "mask_input_channels": 4},
+            mask_decoder_config={
+                "hidden_size": width,
+                "mlp_dim": width,
+                "num_attention_heads": 2,
+                "iou_head_hidden_dim": width,
+            },
+            memory_attention_hidden_size=width,
+            memory_attention_num_layers=1,
+            memory_attention_feed_forward_hidden_size=width,
+            memory_encoder_hidden_size=width,
+            memory_encoder_output_channels=4,
+            memory_fuser_num_layers=1,
+            memory_fuser_embed_dim=width,
+            memory_fuser_intermediate_dim=width,
+        )
+    )
+    randomise(network)
+    with torch.no_grad():
+        # So that masks have clear borders, and the network is sure of most of them.
+        for part in network.mask_decoder.output_hypernetworks_mlps:
+            part.proj_out.weight.mul_(200)
+            part.proj_out.bias.mul_(200)
+        network.mask_decoder.iou_prediction_head.proj_out.bias.add_(3)
+        network.mask_decoder.conv_s0.bias.add_(3)
+    return save(network, folder)

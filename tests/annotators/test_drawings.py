@@ -43,7 +43,7 @@ def test_scribble_xdog_agrees_with_the_published_formula_on_a_photograph():
     for limit in (1, 32, 64):
         expected = 2 * (255 - left) > limit
         assert 0.04 < expected.mean() < 0.6
-        np.testing.assert_array_equal(scribble_xdog(astronaut(), limit)[:, :, 0], expected)
+        np.testing.assert_array_equal(scribble_xdog(astronaut(), limit, balance=1.0)[:, :, 0], expected)
 
 
 def test_scribble_xdog_keeps_the_strongest_lines():

@@ -73,4 +73,8 @@ def test_the_list_describes_it_as_one_that_reads_a_mask():
     (record,) = [annotator for annotator in ANNOTATORS if annotator.name == "inpaint"]
     assert record.function is inpaint
     assert [(p.name, p.default, p.minimum, p.maximum) for p in record.parameters] == [("masked_value", -1.0, -1.0, 1.0)]
-    assert [annotator.name for annotator in ANNOTATORS if annotator.reads_mask] == ["inpaint"]
+    assert [annotator.name for annotator in ANNOTATORS if annotator.reads_mask] == [
+        "inpaint",
+        "mask_sam2",
+        "inpaint_lama",
+    ]

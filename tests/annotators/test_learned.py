@@ -143,7 +143,7 @@ def test_hed_is_the_size_of_the_published_file():
 
 
 # Of M-LSD the lines are a pixel wide: test_mlsd.py has it with maps that half precision can hold.
-@pytest.mark.parametrize("name", [name for name in OURS if name != "mlsd"])
+@pytest.mark.parametrize("name", [*(name for name in OURS if name != "mlsd"), "teed"])
 @pytest.mark.parametrize(
     "place", [pytest.param({"dtype": torch.bfloat16}), pytest.param({"device": "cuda"}, marks=pytest.mark.gpu)], ids=str
 )

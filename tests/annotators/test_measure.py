@@ -8,8 +8,8 @@ from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 
 from zeroconv.annotators import ANNOTATORS, measure
-from zeroconv.annotators.compare import compare, compare_people, cut_bodies, read_bodies, resized
-from zeroconv.annotators.images import AnnotatorError
+from zeroconv.annotators.compare import compare, compare_people, cut_bodies, read_bodies
+from zeroconv.annotators.images import AnnotatorError, resized
 from zeroconv.annotators.overlay import EXTRA, MISSED, RIGHT
 
 

@@ -17,7 +17,7 @@ from zeroconv.annotators.images import pad_to_multiple
 from .seeded import record
 
 LEARNED = [annotator for annotator in ANNOTATORS if annotator.networks]
-CONVOLUTIONAL = ("hed", "mlsd", "scribble_hed", "lineart_realistic", "lineart_coarse")
+CONVOLUTIONAL = ("hed", "mlsd", "scribble_hed", "lineart_realistic", "lineart_coarse", "teed")
 
 
 def seen_by(annotator: Annotator, picture: np.ndarray, resolution: int) -> np.ndarray:
@@ -30,7 +30,8 @@ def seen_by(annotator: Annotator, picture: np.ndarray, resolution: int) -> np.nd
 
     # As it is listed, but for what it does.
     fake = replace(annotator, function=function, draw=None, parameters=())
-    hint, _ = pipeline.annotate(fake, picture, resolution, networks=[None])
+    mask = np.ones(picture.shape[:2], np.float32)
+    hint, _ = pipeline.annotate(fake, picture, resolution, networks=[None], mask=mask)
     assert min(hint.shape[:2]) == resolution
     assert seen[0].shape[0] >= hint.shape[0] and seen[0].shape[1] >= hint.shape[1]
     return seen[0]

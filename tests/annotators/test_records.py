@@ -13,7 +13,7 @@ NAMES = """
     canny hough_lines lsd hed mlsd scribble scribble_xdog lineart_standard cartoon_lines threshold scribble_hed
     lineart_realistic lineart_coarse lineart_anime normal_from_depth depth_large depth_small depth_anything depth_zoe
     normal_midas normal_moge superpixels segments_ade20k segments_coco pose human_pose inpaint tile blur luminance
-    intensity color shuffle
+    intensity color shuffle invert teed dwpose segments_sam2 mask_sam2 inpaint_lama
 """
 WIDGETS = """
     canny_low canny_high canny_backend
@@ -28,6 +28,11 @@ WIDGETS = """
     human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style human_pose_xinsir_sticks
     inpaint_masked_value tile_halvings blur_sigma luminance_gamma intensity_gamma shuffle_seed
     pose_threshold depth_large_range depth_small_range depth_anything_range depth_zoe_range
+    hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
+    blur_kind threshold_around
+    teed_safe
+    dwpose_detection_threshold dwpose_keypoint_threshold dwpose_body dwpose_hands dwpose_face dwpose_xinsir_sticks
+    segments_sam2_points segments_sam2_confidence segments_sam2_colours segments_sam2_seed inpaint_lama_detail
 """
 """As saved workflows count them: this list may grow at its end and changes in no other way."""
 EACH = pytest.mark.parametrize("record", ANNOTATORS, ids=[record.name for record in ANNOTATORS])

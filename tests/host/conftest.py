@@ -1,12 +1,15 @@
 """A real ComfyUI in this process with tiny random models; every test here is marked `host`.
 
-It runs on the CPU; ZEROCONV_HOST_ARGS names other flags of the host (test_cuda.py sets it).
+It runs on the CPU; ZEROCONV_HOST_ARGS names other flags of the host (test_cuda.py sets it). With
+ZEROCONV_HOST_DEVICE=second it runs on tests/second_device.py, where a CPU shows which test mixes devices.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def host(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
+def host(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """The host, with `controlnet` pointing at an empty folder of this test run."""
     if str(comfy_path) not in sys.path:
         sys.path.insert(0, str(comfy_path))  # first, so that `nodes` is the host's
@@ -42,7 +45,10 @@ def host(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
 
     from hosting import Host
 
-    return Host(tmp_path_factory.mktemp("controlnet"))
+    from .second_host import believed
+
+    with believed() if os.environ.get("ZEROCONV_HOST_DEVICE") == "second" else nullcontext():
+        yield Host(tmp_path_factory.mktemp("controlnet"))
 
 
 @pytest.fixture(autouse=True)

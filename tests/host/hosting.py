@@ -137,6 +137,14 @@ class Host:
             (self._controls[key],) = self.call("LoadControlNet", control_net_name=f"{name}.safetensors", **options)
         return self._controls[key]
 
+    def place(self, *models: Any) -> torch.device:
+        """The device that the host computes on, with these of its models on it, whole, for who calls them himself."""
+        with torch.inference_mode():  # as nodes run; else the weights become tensors that those cannot change
+            comfy.model_management.load_models_gpu(list(models), force_full_load=True)
+            for model in models:
+                model.model.to(model.load_device)  # what --novram leaves behind even so
+        return comfy.model_management.get_torch_device()
+
     def record(self, control: Any) -> None:
         """Record the forward passes of this CONTROL_NET: one "control" each, and "hint" when it encodes its hint."""
         net = control.get_models()[-1].model

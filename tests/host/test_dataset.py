@@ -212,10 +212,45 @@ def test_the_clip_of_another_model_is_refused(host: Host, lab: tuple):
         make(host, lab, images=picture(1), hints=picture(1), model=model)
 
 
-def test_a_whole_path_is_taken_as_it_is(host: Host, lab: tuple, tmp_path: Path):
+def test_a_whole_path_is_taken_as_it_is_where_the_owner_said_so(
+    host: Host, lab: tuple, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import folder_paths
+
     images = picture(1, 1, 64, 64)
-    dataset, _ = make(host, lab, images=images, hints=images, name=str(tmp_path / "elsewhere"))
-    assert dataset.folder == tmp_path / "elsewhere"
+    given: dict[str, Any] = {"images": images, "hints": images}
+    (tmp_path / "link").symlink_to(tmp_path)
+    for outside in (tmp_path / "elsewhere", output / ".." / "elsewhere", tmp_path / "link" / "elsewhere"):
+        with pytest.raises(Exception, match=r"lies outside of the folders that nodes may write to.*control_datasets"):
+            make(host, lab, **given, name=str(outside))
+        with pytest.raises(Exception, match="lies outside of the folders that nodes may write to"):
+            host.call("LabScenes", count=1, name=str(outside))
+    assert not (tmp_path / "elsewhere").exists()
+    named = {**folder_paths.folder_names_and_paths, "control_datasets": ([str(tmp_path / "elsewhere")], set())}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", named)
+    for name in (tmp_path / "elsewhere" / "mine", output / "mine"):
+        dataset, _ = make(host, lab, **given, name=str(name))
+        assert dataset.folder == name
+
+
+def test_pictures_that_are_skipped_count_as_no_picture_without_caption(host: Host, lab: tuple, tmp_path: Path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "ab":
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / f"{name}.png")
+    (folder / "a.png").write_bytes(b"no picture")
+    _, report = make(host, lab, folder=str(folder), annotator="canny")
+    assert "\n1 pictures have no caption" in report and "1 skipped:" in report
+
+
+def test_a_dataset_that_another_process_makes_is_left_alone(host: Host, lab: tuple, output: Path):
+    from zeroconv.controlnet_core.files.lock import locked
+
+    images = picture(1, 1, 64, 64)
+    says = r"is in use by another process \(\d+\): wait until it ends, stop it, or"
+    with locked(output / "zeroconv" / "datasets" / "mine"), pytest.raises(Exception, match=says):
+        make(host, lab, images=images, hints=images)
+    make(host, lab, images=images, hints=images)
 
 
 def test_scenes_of_the_lab_become_a_dataset(host: Host, lab: tuple, output: Path):

@@ -30,12 +30,16 @@ from zeroconv.annotators.networks import NETWORKS, File, Network, moge
 from zeroconv.benchmarks import weights
 
 from ..annotators import pretrained_tiny as tiny
+from ..annotators import scripted_tiny
 from ..annotators.loopback_hub import LoopbackHub, loopback_hub, set_offline
 from ..annotators.test_moge import settings
 
 LEARNED = [annotator for annotator in ANNOTATORS if annotator.networks]
 HINT = (1, 64, 85, 3)
 """What 96x128 pixels become at resolution 64."""
+MASK = torch.zeros(1, 96, 128)
+MASK[:, 30:50, 40:70] = 1.0
+"""Of those pixels, for annotators that read a mask."""
 
 
 # -- small files in the published layout -------------------------------------------------------------------------------
@@ -80,6 +84,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "lineart_realistic": lambda folder: weights.write(folder, ["sk_model.pth"]),
     "lineart_coarse": lambda folder: weights.write(folder, ["sk_model2.pth"]),
     "lineart_anime": anime,
+    "teed": lambda folder: weights.write(folder, ["5_model.pth"]),
     "dpt_large": lambda folder: tiny.dpt(folder, hybrid=False),
     "dpt_hybrid": lambda folder: tiny.dpt(folder, hybrid=True),
     "depth_anything_v2_small": tiny.depth_anything,
@@ -87,8 +92,11 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "moge2_small": moge_with_normals,
     "oneformer_ade20k": lambda folder: tiny.oneformer(folder, 150),
     "oneformer_coco": oneformer_coco,
+    "sam2_tiny": tiny.sam2,
+    "lama": scripted_tiny.lama,
     "person_detector": tiny.person_detector,
     "pose_estimator": tiny.pose_estimator,
+    "whole_pose_estimator": scripted_tiny.whole_pose,
 }
 """By the name of a network, what writes its files, seeded and small, into an empty folder."""
 
@@ -149,7 +157,9 @@ class Bench:
 
     def run(self, name: str, image: torch.Tensor) -> tuple[torch.Tensor, Any]:
         before = image.clone()
-        hint, poses = self.host.call("Annotate", image=image, annotator=name, resolution=64)
+        (annotator,) = [annotator for annotator in LEARNED if annotator.name == name]
+        given = {"mask": MASK.clone()} if annotator.reads_mask else {}
+        hint, poses = self.host.call("Annotate", image=image, annotator=name, resolution=64, **given)
         assert torch.equal(image, before)
         assert hint.shape == HINT and hint.dtype == torch.float32
         assert hint.isfinite().all() and hint.min() >= 0 and hint.max() <= 1

@@ -15,7 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from graphs import MOVES, STEPS, WAYS, Control, Run, Scene, assert_same, latent, moved, off_by, picture, prompt
+from graphs import (
+    MOVES,
+    STEPS,
+    TOLERANCE,
+    WAYS,
+    Control,
+    Run,
+    Scene,
+    assert_same,
+    latent,
+    moved,
+    off_by,
+    picture,
+    prompt,
+)
 from test_integrity import ENDINGS, assert_unchanged, shape_of, snapshot, spoil
 from torch import Tensor, nn
 
@@ -267,7 +281,7 @@ def test_cond_only_leaves_the_other_half_alone(host: Host, states: dict[str, dic
     assert moved(one_sided, host.sample(both)) >= MOVES
     limited = replace(control, options={"guidance": "cond_only"})
     run = host.sample(host.apply(way, host.scene("sdxl"), "sdxl", limited))
-    assert off_by(run, one_sided) <= 1e-4
+    assert off_by(run, one_sided) <= TOLERANCE
     assert run.calls("unet") == without(host).calls("unet")
 
 

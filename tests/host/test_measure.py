@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from graphs import picture
+from skimage import data
 
 if TYPE_CHECKING:
     from hosting import Host
@@ -37,7 +39,8 @@ def test_the_same_picture_scores_one_and_another_less(host: Host):
     hint = hint_of(host, image)
     score, report, overlay = host.call("MeasureControl", image=image, hint=hint, **CANNY)
     assert score == 1
-    assert report == "canny: score 1.000 of 1\nedge F1 1.000, precision 1.000, recall 1.000"
+    assert report.startswith("canny: score 1.000 of 1\nedge F1 1.000, precision 1.000, recall 1.000\nby chance: 0.")
+    assert report.splitlines()[3:] == ["annotated with: canny at 128x128, low 100.0, high 200.0, backend cv2"]
     assert overlay.shape == (1, 128, 128, 3)
     less, report, _ = host.call("MeasureControl", image=other, hint=hint, **CANNY)
     assert less < 0.7
@@ -53,7 +56,9 @@ def test_a_batch_is_scored_picture_by_picture(host: Host):
     assert score == pytest.approx(np.mean(alone))
     assert alone[0] == 1 > alone[1]
     assert overlay.shape == (2, 128, 128, 3)
-    assert [line.partition(":")[0] for line in report.splitlines()] == ["canny", "picture 1", "picture 2"]
+    assert [line.partition(":")[0] for line in report.splitlines()] == [
+        *("canny", "picture 1", "picture 2", "by chance", "annotated with")
+    ]
     assert torch.equal(images, before[0]) and torch.equal(hint, before[1])
 
 
@@ -62,7 +67,7 @@ def test_the_score_is_the_cores_at_the_hints_size(host: Host):
     hint = hint_of(host, picture(4))
     score, *_ = host.call("MeasureControl", image=image, hint=hint, **CANNY)
     from zeroconv.annotators.canny import canny
-    from zeroconv.annotators.compare import resized
+    from zeroconv.annotators.images import resized
 
     large = resized(image[0].numpy(), 128, 128)
     assert score == compare("canny", large, canny(large), hint[0].numpy(), 2).score
@@ -87,13 +92,46 @@ def test_a_hint_of_the_result_that_is_given_is_taken(host: Host):
     assert given == 1
 
 
+def photograph(name: str) -> torch.Tensor:
+    """One of scikit-image's, squeezed to 384x512."""
+    picture = cv2.resize(getattr(data, name)(), (512, 384), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(picture / np.float32(255))[None]
+
+
+def chance_in(report: str) -> float:
+    (line,) = [line for line in report.splitlines() if line.startswith("by chance: ")]
+    return float(line.removeprefix("by chance: ").partition(",")[0])
+
+
+def test_the_result_is_annotated_with_the_parameters_that_are_set(host: Host):
+    """A photograph against its own hint of other thresholds; with the same ones nothing is missing."""
+    image, own = photograph("coffee"), {"canny_low": 50.0, "canny_high": 100.0}
+    hint = hint_of(host, image, **own)
+    other, report, _ = host.call("MeasureControl", image=image, hint=hint, **CANNY)
+    assert 0.6 < other < 0.9 and "low 100.0, high 200.0" in report
+    same, report, _ = host.call("MeasureControl", image=image, hint=hint, **CANNY, **own)
+    assert same == 1 and report.endswith("annotated with: canny at 512x384, low 50.0, high 100.0, backend cv2")
+    _, report, _ = host.call("MeasureControl", image=image, hint=hint, result_hint=hint, **CANNY)
+    assert report.endswith("annotated with: nothing, what was given was taken")
+
+
+@pytest.mark.parametrize("name", ["chelsea", "coffee", "rocket"])
+def test_what_chance_gives_is_about_what_another_photograph_scores(host: Host, name: str):
+    hint = hint_of(host, photograph(name))
+    for other in {"chelsea", "coffee", "rocket", "astronaut"} - {name}:
+        score, report, _ = host.call("MeasureControl", image=photograph(other), hint=hint, **CANNY)
+        assert score == pytest.approx(chance_in(report), abs=0.15)
+    score, report, _ = host.call("MeasureControl", image=photograph(name), hint=hint, **CANNY)
+    assert score == 1 and chance_in(report) < 0.5
+
+
 def test_a_pose_is_measured_by_its_joints(host: Host):
     made = scene(host, 5)
     inputs = {"image": made["image"], "hint": made["pose"], "annotator": "human_pose"}
     keypoints, other = made["pose_keypoints"], scene(host, 11)["pose_keypoints"]
     score, report, overlay = host.call("MeasureControl", **inputs, pose_keypoints=keypoints, result_keypoints=keypoints)
     assert score == 1
-    assert "pose OKS 1.000, PCK 1.000, 1 people for 1" in report
+    assert "pose OKS 1.000, PCK 1.000, 1 people for 1" in report and chance_in(report) < 0.3
     assert overlay.shape == (1, 128, 128, 3)
     less, *_ = host.call("MeasureControl", **inputs, pose_keypoints=keypoints, result_keypoints=other)
     assert less < 0.5

@@ -13,24 +13,46 @@ if TYPE_CHECKING:
     from hosting import Host
 
 from zeroconv.annotators.canny import canny
+from zeroconv.annotators.images import AnnotatorError
 
 DOSE = ["strength", "start", "end", "unit", "guidance", "resize"]
 EXTRAS = ["stack", "mask", "schedule", "block_weights"]
 # required inputs come first, as the host lists them
+MEASURED = """
+    canny_low canny_high canny_backend hough_lines_low hough_lines_high hough_lines_smoothing
+    hough_lines_votes hough_lines_length hough_lines_gap hough_lines_seed lsd_length
+    hed_safe mlsd_score_threshold mlsd_dist_threshold scribble_xdog_threshold
+    lineart_standard_sigma lineart_standard_threshold cartoon_lines_width
+    cartoon_lines_smoothing cartoon_lines_threshold threshold_level scribble_hed_safe
+    scribble_hed_threshold normal_midas_background normal_midas_strength normal_midas_front
+    superpixels_count superpixels_compactness superpixels_colours superpixels_seed
+    human_pose_detection_threshold human_pose_keypoint_threshold human_pose_style
+    human_pose_xinsir_sticks tile_halvings blur_sigma luminance_gamma intensity_gamma
+    hough_lines_agreement scribble_xdog_balance cartoon_lines_balance superpixels_merge
+    blur_kind threshold_around
+    teed_safe
+    dwpose_detection_threshold dwpose_keypoint_threshold dwpose_body dwpose_hands dwpose_face
+    dwpose_xinsir_sticks
+"""
+"""Parameters of the annotators that results are measured with."""
 CONTRACT = {
     "LoadControlNet": (["control_net_name", "weight_dtype", "control_type", "model"], ["control_net"]),
-    "ApplyControl": (["model", *DOSE, "control_net", "image", *EXTRAS, "vae"], ["model"]),
+    "ApplyControl": (["model", *DOSE, "control_net", "image", *EXTRAS, "vae", "reuse"], ["model"]),
     "ApplyControlToPrompt": (
-        ["positive", "negative", *DOSE, "control_net", "image", *EXTRAS, "vae"],
+        ["positive", "negative", *DOSE, "control_net", "image", *EXTRAS, "vae", "reuse"],
         ["positive", "negative"],
     ),
-    "StackControls": (["control_net", "image", *DOSE, *EXTRAS], ["stack"]),
+    "StackControls": (["control_net", "image", *DOSE, *EXTRAS, "reuse"], ["stack"]),
     "ControlSchedule": (["curve", "keyframes", "unit", "per_image"], ["schedule"]),
     "ControlBlockWeights": (["preset", "falloff", "skips", "middle"], ["block_weights"]),
     "RecordControl": (["model"], ["model", "record"]),
     "ControlReport": (["record", "latent"], ["report", "heat_map"]),
     "MeasureControl": (
-        ["image", "hint", "annotator", "tolerance", "result_hint", "pose_keypoints", "result_keypoints"],
+        [
+            *("image", "hint", "annotator", "tolerance", "result_hint", "pose_keypoints", "result_keypoints"),
+            # in this order, and at the end, where they grow: as for Annotate
+            *MEASURED.split(),
+        ],
         ["score", "report", "overlay"],
     ),
     "NewControlNet": (["model", "hint_channels", "hint_encoder"], ["control_net"]),
@@ -84,7 +106,14 @@ CONTRACT = {
             # what came later
             "pose_threshold",
             *("depth_large_range", "depth_small_range", "depth_anything_range", "depth_zoe_range"),
-            *("mask", "pose_keypoints"),
+            *("hough_lines_agreement", "scribble_xdog_balance", "cartoon_lines_balance", "superpixels_merge"),
+            *("blur_kind", "threshold_around"),
+            "teed_safe",
+            *("dwpose_detection_threshold", "dwpose_keypoint_threshold"),
+            *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
+            *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
+            "inpaint_lama_detail",
+            *("mask", "pose_keypoints", "latent"),
         ],
         ["hint", "pose_keypoints"],
     ),
@@ -178,6 +207,15 @@ def test_annotate_is_the_annotator_on_every_picture_of_a_batch(host: Host):
     for i in range(2):
         assert torch.equal(hint[i], torch.from_numpy(canny(images[i].numpy(), 20, 60)))
     assert keypoints == []
+
+
+def test_the_hint_is_as_large_as_the_latent(host: Host):
+    """The one side that fits exactly; what the other has too much is what `resize` crop takes away."""
+    values = {"image": picture(3, height=128, width=192), "annotator": "canny", "resolution": -1}
+    hint, _ = host.call("Annotate", **values, latent={"samples": torch.zeros(1, 4, 40, 32)})
+    assert hint.shape == (1, 320, 480, 3)
+    with pytest.raises(AnnotatorError, match="resolution is -1.*connect the one that is sampled"):
+        host.call("Annotate", **values)
 
 
 def test_resolution_is_the_hints_short_side(host: Host):

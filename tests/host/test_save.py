@@ -127,7 +127,8 @@ def test_a_saved_control_gives_the_same_latents_in_both_loaders(
     assert moved(reference, sample(host, family)) >= MOVES
     assert off_by(run, reference) <= TOLERANCE
     if dtype == "fp32":
-        assert torch.equal(run.latent, sample(host, family, original).latent)
+        # Not bit by bit: a product with one row rounds by where its weights lie in memory, and files lie as they lie.
+        assert off_by(run, sample(host, family, original)) <= 1e-5
 
 
 def test_as_loaded_is_the_type_in_memory(host: Host):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -67,10 +68,13 @@ def test_one_hint_is_what_the_hosts_own_control_makes_of_it(host: Host, way: str
     """The host's control object around the same weights; it cannot load the tiny file itself."""
     import comfy.cldm.cldm
     import comfy.controlnet
+    import comfy.model_management
     import comfy.ops
     from tiny_models import unet_config
 
+    device = comfy.model_management.get_torch_device()
     control = load(host, control_type)
+    network = copy.deepcopy(control.network).to(device)  # the host moves its own network alone
     settings = unet_config("sdxl")
     del settings["out_channels"]
     net = comfy.cldm.cldm.ControlNet(
@@ -78,17 +82,17 @@ def test_one_hint_is_what_the_hosts_own_control_makes_of_it(host: Host, way: str
     )
     net.load_state_dict({key: value for key, value in control.network.state_dict().items() if key in net.state_dict()})
     # The host's Union is made for 320 channels at the top; ours stands in for the parts beyond a ControlNet.
-    embed, forward = control.network.embed_types, net.input_hint_block.forward
+    embed, forward = network.embed_types, net.input_hint_block.forward
     parts: dict[str, Any] = {
         "control_add_embedding": lambda types, dtype, device: embed(types, torch.zeros(1, dtype=dtype, device=device)),
         "num_control_type": 6,
-        "union_controlnet_merge": lambda hint, types, emb, context: control.network.fuse(
+        "union_controlnet_merge": lambda hint, types, emb, context: network.fuse(
             [forward(hint[0], emb, context)], types, [1.0]
         ),
     }
     for name, part in parts.items():
         setattr(net, name, part)
-    native = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
+    native = comfy.controlnet.ControlNet(net, load_device=device)
     native.set_extra_arg("control_type", list(control.extra_args.get("control_type", [])))
     scene = host.scene("sdxl")
     positive, negative = host.call(
@@ -119,10 +123,10 @@ def test_one_hint_is_what_the_hosts_own_control_makes_of_it(host: Host, way: str
 
 
 def step(host: Host, control: Any, sigma: float = 5.0) -> dict[str, list[Tensor]]:
-    """What a chain of controls hands to the tiny SDXL model at one call of it."""
+    """What a chain of controls hands to the tiny SDXL model at one call of it, where the host wants both."""
     from graphs import CONTEXT
 
-    model = host.model("sdxl").model
+    model, device = host.model("sdxl").model, host.place(host.model("sdxl"), *control.get_models())
     generator = torch.Generator().manual_seed(8)
     x = torch.randn(1, 4, 16, 16, generator=generator) * sigma
     cond = {
@@ -131,7 +135,7 @@ def step(host: Host, control: Any, sigma: float = 5.0) -> dict[str, list[Tensor]
     }
     control.pre_run(model, model.model_sampling.percent_to_sigma)
     with torch.inference_mode():
-        return control.get_control(x, torch.tensor([sigma]), cond, 1, {"cond_or_uncond": [0]})
+        return control.get_control(x.to(device), torch.tensor([sigma], device=device), cond, 1, {"cond_or_uncond": [0]})
 
 
 def test_neighbours_are_fused_as_the_core_fuses_them(host: Host):
@@ -146,24 +150,26 @@ def test_neighbours_are_fused_as_the_core_fuses_them(host: Host):
     result = step(host, fused)
     network = fused.network
     with torch.inference_mode():
-        features = [network.encode_hint(picture(hint).movedim(-1, 1)) for hint in (1, 2)]
+        place = next(network.parameters())
+        features = [network.encode_hint(picture(hint).movedim(-1, 1).to(place)) for hint in (1, 2)]
         model = host.model("sdxl").model
         generator = torch.Generator().manual_seed(8)
         x = torch.randn(1, 4, 16, 16, generator=generator) * 5.0
         context = torch.randn(1, 7, 64, generator=generator)
         y = torch.randn(1, model.model_config.unet_config["adm_in_channels"], generator=generator)
         t = torch.tensor([5.0])
+        t = t.to(place.device)
         expected = network(
-            model.model_sampling.calculate_input(t, x),
+            model.model_sampling.calculate_input(t, x.to(place.device)).to(place.dtype),
             model.model_sampling.timestep(t).float(),
-            context,
+            context.to(place),
             network.fuse(features, [1, 0], [0.6, 0.9]),
-            y,
+            y.to(place),
             types=[1, 0],
         )
     for mine, wanted in zip([*result["output"], *result["middle"]], expected, strict=True):
         assert wanted is not None
-        assert torch.allclose(mine, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+        assert torch.allclose(mine, wanted, atol=0.1 * TOLERANCE * float(wanted.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("way", ["ApplyControl", "ApplyControlToPrompt"])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from zeroconv.controlnet_core.data.dataset import Batches, Dataset, DatasetError, stack_contexts
+from zeroconv.controlnet_core.data.dataset import Batch, Batches, Dataset, DatasetError, stack_contexts
 from zeroconv.controlnet_core.data.sources import Item
 
 from .toy import PROMPTS, SMALL, Encoders, array, as_tensor, cache, context_of, items, latents_of
@@ -95,13 +97,22 @@ def test_grey_hints_take_a_third_of_the_room_and_are_read_as_three_channels(tmp_
 
 def test_contexts_of_different_length_are_repeated_to_a_common_one():
     short, long = torch.randn(4, 8), torch.randn(6, 8)
-    stacked = stack_contexts([short, long])
+    stacked = stack_contexts([short, long], torch.randn(1, 8))
     assert stacked.shape == (2, 12, 8)
     assert torch.equal(stacked[0], torch.cat([short, short, short]))
     assert torch.equal(stacked[1], torch.cat([long, long]))
     query = torch.randn(1, 5, 8)
     attend = torch.nn.functional.scaled_dot_product_attention
     torch.testing.assert_close(attend(query, stacked[:1], stacked[:1]), attend(query, short[None], short[None]))
+
+
+def test_contexts_that_would_become_very_long_are_continued_with_the_empty_prompt():
+    empty = torch.randn(77, 8)
+    contexts = [torch.randn(77 * chunks, 8) for chunks in (2, 4, 6, 7)]
+    stacked = stack_contexts(contexts, empty)
+    assert stacked.shape == (4, 7 * 77, 8)
+    for context, row in zip(contexts, stacked):
+        assert torch.equal(row, torch.cat([context, *[empty] * (7 - len(context) // 77)]))
 
 
 def test_reading_leaves_no_file_mapped_and_does_not_read_all(dataset: Dataset):
@@ -180,8 +191,64 @@ def test_a_header_that_is_no_header_is_named(broken: Path):
 def test_a_file_that_goes_while_it_is_used_is_named(broken: Path):
     dataset = Dataset.open(broken)
     (broken / "shard-00000.safetensors").unlink()
-    with pytest.raises(DatasetError, match=r"shard-00000.safetensors cannot be read"):
+    with pytest.raises(DatasetError, match=r"shard-00000.safetensors is missing"):
         dataset.read([0])
+
+
+def read_all(folder: Path) -> list[Batch]:
+    dataset = Dataset.open(folder)
+    return [dataset.read([index]) for index in range(len(dataset))]
+
+
+def test_a_bit_that_flips_is_found_before_it_is_read_and_mended(broken: Path):
+    """In any file, in its header or in its numbers; making the dataset again makes that file anew."""
+    before, batches = Dataset.open(broken), read_all(broken)
+    for path in sorted(broken.glob("*.safetensors")):
+        whole = path.read_bytes()
+        for place in (9, len(whole) - 3):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            with pytest.raises(DatasetError, match=f"{path.name} (cannot be read|has changed since it was written)"):
+                read_all(broken)
+        cache(broken, items(4))
+        again = Dataset.open(broken)
+        for index, batch in enumerate(batches):
+            found = again.read([again.names.index(before.names[index])])
+            assert torch.equal(found.latents, batch.latents) and torch.equal(found.context, batch.context)
+
+
+def test_a_file_that_shrinks_while_it_is_used_ends_nothing_but_the_training(broken: Path):
+    dataset = Dataset.open(broken)
+    dataset.read([0])
+    os.truncate(broken / "shard-00000.safetensors", 600)
+    with pytest.raises(DatasetError, match=r"is damaged: shard-00000.safetensors cannot be read"):
+        dataset.read([0])
+
+
+def test_a_dataset_without_checksums_is_read(broken: Path):
+    found = json.loads((broken / "manifest.json").read_text())
+    for part in (*found["shards"], *found["prompts"]):
+        del part["checksum"]
+    (broken / "manifest.json").write_text(json.dumps({**found, "version": 1}))
+    assert len(Dataset.open(broken).read([0]).latents) == 1
+
+
+WRONG: dict[str, Any] = {
+    "options": [5, {"pooled_channels": "x"}, {}],
+    "probe": [5, ["x"]],
+    "moments": [5, [5]],
+    "prompts": [5, [5], [{}], [{"file": "../a", "bytes": 1, "prompts": []}], [{"file": 5, "bytes": 1, "prompts": [1]}]],
+    "shards": [{"a": 1}, [5], [{"file": "a"}], [{"file": "a", "bytes": "1", "height": 8, "width": 8, "entries": []}]],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_manifest_of_another_shape_is_told(broken: Path, name: str, value: Any):
+    found = json.loads((broken / "manifest.json").read_text())
+    (broken / "manifest.json").write_text(json.dumps({**found, name: value}))
+    with pytest.raises(
+        DatasetError, match=r"manifest.json is damaged .*: delete the folder and make the dataset again"
+    ):
+        Dataset.open(broken)
 
 
 def test_a_folder_without_dataset_says_what_makes_one(tmp_path: Path):
@@ -191,10 +258,10 @@ def test_a_folder_without_dataset_says_what_makes_one(tmp_path: Path):
         Dataset.open(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"format": "zeroconv dataset", "version": 2}', '{"format": "other"}'])
+@pytest.mark.parametrize("text", ["[1]", '{"format": "zeroconv dataset", "version": 3}', '{"format": "other"}'])
 def test_a_manifest_of_something_else_is_told(broken: Path, text: str):
     (broken / "manifest.json").write_text(text)
-    with pytest.raises(DatasetError, match=r"manifest.json says .*, expected \('zeroconv dataset', 1\)"):
+    with pytest.raises(DatasetError, match=r"manifest.json says .*, expected \('zeroconv dataset', 2\)"):
         Dataset.open(broken)
 
 

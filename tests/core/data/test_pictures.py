@@ -152,3 +152,11 @@ def test_the_array_stays_as_it_is():
     before = picture.copy()
     Crop((128, 64), (64, 64)).of(read(picture), Image.Resampling.LANCZOS)[:] = 0
     assert np.array_equal(picture, before)
+
+
+def test_a_file_that_would_start_a_program_is_no_picture_whatever_it_is_called(tmp_path: Path):
+    """Pillow gives EPS to Ghostscript, which is a program of its own."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    for look in (read, size_of):
+        with pytest.raises(PictureError, match="a.png cannot be read as a picture"):
+            look(tmp_path / "a.png")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from zeroconv.controlnet_core.data import pictures
 from zeroconv.controlnet_core.data.sources import Item, SourceError, read
 
 from .toy import array, save
@@ -40,7 +42,7 @@ def test_captions_lie_beside_pictures_and_subfolders_count(tmp_path: Path):
         ("b.png", "", "b.png", None),
         ("more/c.webp", "", "more/c.webp", None),
     ]
-    assert read(tmp_path).skipped == ()
+    assert list(map(str, read(tmp_path).skipped)) == ["more/notes.md: neither a picture nor the caption of one"]
 
 
 def test_hints_lie_in_a_folder_of_their_own_or_beside(tmp_path: Path):
@@ -57,6 +59,75 @@ def test_hints_lie_in_a_folder_of_their_own_or_beside(tmp_path: Path):
     ]
     (skipped,) = read(tmp_path).skipped
     assert str(skipped) == "hints/none.png: a hint without picture: expected one of the same name"
+
+
+FOLDERS = [
+    ("images", "conditioning_images"),
+    ("Images", "Conditioning"),
+    ("target", "source"),
+    ("targets", "sources"),
+    ("images", "hints"),
+    ("train/images", "train/hints"),
+    ("pictures", "control"),
+]
+
+
+@pytest.mark.parametrize(("pictures", "hints"), FOLDERS)
+def test_hints_of_a_folder_beside_the_pictures_are_never_pictures(tmp_path: Path, pictures: str, hints: str):
+    save(tmp_path / pictures / "a.png", array(1))
+    save(tmp_path / hints / "a.jpg", array(2))
+    (tmp_path / pictures / "a.caption").write_text("a cat")
+    assert said(tmp_path) == [(f"{pictures}/a.png", "a cat", f"{pictures}/a.png", f"{hints}/a.jpg")]
+    assert read(tmp_path).skipped == ()
+
+
+def test_a_folder_source_holds_pictures_where_no_target_is_beside_it(tmp_path: Path):
+    save(tmp_path / "source" / "a.png", array(1))
+    assert said(tmp_path) == [("source/a.png", "", "source/a.png", None)]
+
+
+def test_any_picture_that_pillow_opens_is_read_and_any_other_is_named(tmp_path: Path):
+    names = ("a.jfif", "b.gif", "c.tga", "d.JPE", "e.jp2")
+    for name in names:
+        Image.fromarray(array(1)).save(tmp_path / name, "JPEG" if name[-3:] in ("fif", "JPE") else None)
+    (tmp_path / "f.heic").write_bytes(b"x")
+    save(tmp_path / "g.png", array(1))
+    save(tmp_path / "hints" / "g.png", array(1))
+    (tmp_path / "hints" / "g.png").rename(tmp_path / "hints" / "g.jxl")
+    assert [item.name for item in read(tmp_path).items] == list(names)
+    assert all(pictures.read(tmp_path / name).size == (64, 64) for name in names)
+    assert list(map(str, read(tmp_path).skipped)) == [
+        "f.heic: this Pillow reads no .heic: save it as .png",
+        "g.png: this Pillow reads no .jxl, as its hint is: save it as .png",
+    ]
+
+
+def test_captions_have_either_suffix_in_any_case(tmp_path: Path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png", array(1))
+    for name, text in {"a.TXT": "one", "b.Caption": "two", "c.txt": "three", "c.caption": "four", "d.txt": "x"}.items():
+        (tmp_path / name).write_text(text)
+    assert [item.prompt for item in read(tmp_path).items] == ["one", "two", "three"]
+    assert list(map(str, read(tmp_path).skipped)) == [
+        "c.caption: c.txt is the caption of c.png already",
+        "d.txt: a caption without picture: expected one of the same name",
+    ]
+
+
+def test_pictures_of_one_name_get_no_hint_or_caption_by_guess(tmp_path: Path):
+    for name in ("0.png", "0.jpg", "1.png", "1.jpg", "2.png", "3.png"):
+        save(tmp_path / name, array(1))
+    (tmp_path / "0.txt").write_text("whose?")
+    for name in ("hints/2.png", "2_hint.png", "hints/3.png"):
+        save(tmp_path / name, array(2))
+    assert [(item.name, item.hint is not None) for item in read(tmp_path).items] == [
+        *(("1.jpg", False), ("1.png", False), ("3.png", True))
+    ]
+    several = "caption or hint may be of 0.jpg and 0.png: give each a name of its own"
+    assert list(map(str, read(tmp_path).skipped)) == [
+        *(f"0.jpg: {several}", f"0.png: {several}"),
+        "2.png: its hint may be 2_hint.png and hints/2.png: leave one",
+    ]
 
 
 def test_a_caption_that_is_no_utf8_skips_its_picture(tmp_path: Path):
@@ -164,6 +235,22 @@ def test_one_picture_with_two_prompts_is_two_items(three: Path):
 def test_prompts_are_one_line_of_whole_letters(three: Path):
     (three / "a.jsonl").write_text('{"image": "target/0.png", "text": " one\\n two\\u00e9\\ud83d three "}')
     assert [prompt for _, prompt, *_ in said(three)] == ["one two\u00e9? three"]
+
+
+def test_a_list_names_no_file_outside_of_its_folder(three: Path, tmp_path: Path):
+    secret = three.parent / f"{three.name} secret.png"
+    save(secret, array(3))
+    (three / "link.png").symlink_to(secret)
+    ways_out = [str(secret), f"../{secret.name}", f"target/../../{secret.name}", "link.png"]
+    good = {"image": "target/0.png", "text": "good"}
+    lines(
+        three / "list.jsonl",
+        [good, *({"image": way} for way in ways_out), {"image": "target/1.png", "hint": ways_out[0]}],
+    )
+    found = read(three)
+    assert [item.name for item in found.items] == ["target/0.png"]
+    assert len(found.skipped) == 5
+    assert all("lies outside of" in skipped.reason for skipped in found.skipped)
 
 
 def test_bad_lines_are_told_and_the_rest_is_read(three: Path):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from zeroconv.controlnet_core.dosing.block_weights import BlockWeights
 from zeroconv.controlnet_core.dosing.clock import Clock, ClockError
 from zeroconv.controlnet_core.dosing.schedule import Keyframe, Schedule
-from zeroconv.controlnet_core.dosing.strength import Strength, StrengthError
+from zeroconv.controlnet_core.dosing.strength import Strength, StrengthError, averaged
 from zeroconv.controlnet_core.dosing.window import Window, WindowError
 from zeroconv.controlnet_core.networks.residuals import Residuals
 
@@ -161,3 +162,19 @@ def test_missing_residuals_stay_missing():
     assert weighed.skips[0] is None
     assert weighed.middle is None
     assert weighed.skips[1].unique().item() == 2.0
+
+
+@pytest.mark.parametrize("size", [(128, 128), (120, 152), (7, 5), (1, 1), (3, 200)], ids=str)
+@pytest.mark.parametrize("to", [(16, 16), (15, 19), (8, 10), (4, 5), (2, 3), (1, 1)], ids=str)
+def test_a_mask_is_averaged_as_torch_pools_it(size: tuple[int, int], to: tuple[int, int]):
+    mask = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(4))
+    found = averaged(mask, *to)
+    assert found.shape == (2, 1, *to)
+    torch.testing.assert_close(found, F.interpolate(mask, size=to, mode="area"), rtol=1e-5, atol=1e-6)
+    assert averaged(mask.half(), *to).dtype == torch.float16
+
+
+def test_averages_written_out():
+    mask = torch.tensor([[[[0.0, 3.0, 6.0]]]])
+    assert averaged(mask, 1, 2).flatten().tolist() == [1.5, 4.5]
+    assert averaged(torch.ones(1, 1, 5, 7), 3, 2).tolist() == torch.ones(1, 1, 3, 2).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -110,6 +111,34 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, left: int
     assert found.step == 1
     assert "step-00000002.safetensors: " in caplog.text
     assert "the checkpoint before it is taken" in caplog.text
+
+
+def test_a_bit_that_flips_anywhere_is_found_and_the_checkpoint_before_it_taken(tmp_path: Path):
+    checkpoint.save(tmp_path, some(1), keep=9)
+    damaged = checkpoint.save(tmp_path, some(2), keep=9)
+    whole, whole_one = damaged.read_bytes(), checkpoint.load(damaged)
+    for place in range(len(whole)):
+        damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        found = checkpoint.newest(tmp_path)
+        # What makes no difference is no damage: spaces behind the header, a name in the metadata that nobody reads.
+        assert found is not None
+        assert found.step == 1 or (found.facts == whole_one.facts and equal(found.tensors, whole_one.tensors)), place
+        assert "step-0000000" + str(found.step) in checkpoint.kept(tmp_path)
+
+
+def test_checkpoints_of_before_there_were_checksums_are_read(tmp_path: Path):
+    made = some(3)
+    facts = {"step": "3", "facts": json.dumps(made.facts)}
+    saving.write(tmp_path / "step-00000003.safetensors", made.tensors, facts)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 3
+
+
+@pytest.mark.parametrize("facts", ["5", "[]", '{"options": 5}', '{"measured": {}}', '{"seconds": "1"}', "[" * 100000])
+def test_facts_of_another_kind_are_no_checkpoint(tmp_path: Path, facts: str):
+    saving.write(tmp_path / "step-00000003.safetensors", {"a": torch.ones(1)}, {"step": "3", "facts": facts})
+    with pytest.raises(LoadError, match="step-00000003.safetensors: this is no checkpoint of a training"):
+        checkpoint.load(tmp_path / "step-00000003.safetensors")
 
 
 def test_when_all_are_damaged_nothing_is_begun_anew(tmp_path: Path):

@@ -37,6 +37,7 @@ def test_defaults_are_valid_and_frozen():
     ("values", "said"),
     [
         ({"steps": 0}, "steps is 0: expected 1 or more"),
+        ({"batch_size": 10**9}, "batch_size is 1e\\+09: expected 1 to 4096"),
         ({"steps": 1.5}, "steps is 1.5: expected a whole number"),
         ({"steps": True}, "steps is True: expected a whole number"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast': expected a number"),
