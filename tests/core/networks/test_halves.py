@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def control(kind: str, layout: str) -> torch.nn.Module:
+def control(kind: str, layout: str) -> Any:
     """A network of this kind with nothing left at zero; a Control-LoRA is bound to a UNet that it holds."""
     config = SMALL[layout]
     if kind == "Control-LoRA":
