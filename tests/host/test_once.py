@@ -101,7 +101,7 @@ def test_one_half_takes_no_more_operations_than_both(host: Host, monkeypatch: py
     residuals = 13
     # Each residual is put beside zeros, and that is all that comes on top.
     assert sum(half.operations[1].values()) <= sum(both.operations[1].values()) + residuals
-    assert half.flops[1] < 0.55 * both.flops[1]
+    assert half.flops[1] < 0.6 * both.flops[1]  # both share what comes before their texts
 
 
 def test_at_strength_1_nothing_is_multiplied(host: Host, monkeypatch: pytest.MonkeyPatch):
@@ -114,13 +114,7 @@ def test_at_strength_1_nothing_is_multiplied(host: Host, monkeypatch: pytest.Mon
 
 
 MADE = ("zeros", "new_zeros", "zeros_like", "ones", "full", "arange", "lift_fresh", "index", "index_put", "index_put_")
-FITTED = (
-    "_adaptive_avg_pool2d",
-    "upsample_nearest2d",
-    "_upsample_nearest_exact2d",
-    "avg_pool2d",
-    "upsample_bilinear2d",
-)
+FITTED = ("adaptive_avg_pool2d", "avg_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "matmul")
 
 
 @pytest.mark.parametrize("guidance", ["both", "cond_only", "cfg_resolution"])
@@ -130,7 +124,7 @@ def test_masks_rows_and_zeros_are_made_at_the_first_step(host: Host, monkeypatch
     given = scene(host, "ApplyControl", host.scene(), guidance=guidance, mask=mask, schedule=schedule)
     counting = counted(host, monkeypatch, given, latent_image=latent(2))
     first, *rest = ({name: each[name] for name in (*MADE, *FITTED) if each[name]} for each in counting.operations)
-    assert any(name in first for name in FITTED)
+    assert any(first.get(name, 0) > 1 for name in FITTED)  # there are sizes that the mask is fitted to
     # The frequencies of the timestep embedding are the one thing that is made at every step.
     assert rest == [{"arange": 1}] * (STEPS - 1)
 
