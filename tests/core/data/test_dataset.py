@@ -273,7 +273,7 @@ def test_a_manifest_too_deep_to_be_read_is_told(broken: Path):
 
 def test_a_prompt_that_the_manifest_does_not_have_is_told(broken: Path):
     found = json.loads((broken / "manifest.json").read_text())
-    found["prompts"][0]["prompts"] = [""]
+    found["prompts"] = [{**found["prompts"][0], "prompts": [""]}]
     (broken / "manifest.json").write_text(json.dumps(found))
     with pytest.raises(DatasetError, match=r"prompt \d+ of a shard is in none of its files"):
         read_all(broken)
