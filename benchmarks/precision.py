@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..controlnet_core.files.loading import load_control
+from ..controlnet_core.networks.controlnet import ControlNet
 from ..lab.evaluate import HeldOut, held_out, judge
 from ..lab.models import control_name, load_weights, read_weights
 from ..lab.pipeline import GUIDANCE_SCALE, LabModel, scene_noise
@@ -75,6 +76,7 @@ def measure(scenes: HeldOut, steps: int, hints: list[str]) -> list[Row]:
         for name, (dtype, scales) in STORED.items():
             file = scaled(exact) if scales else {key: tensor.to(dtype) for key, tensor in exact.items()}
             control = load_control(file, dtype=dtype).control
+            assert isinstance(control, ControlNet)
             kept = control.state_dict()
             off = sum((kept[key].double() - exact[key].double()).square().sum().item() for key in exact)
             size = sum(tensor.double().square().sum().item() for tensor in exact.values())

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from graphs import moved, off_by, picture
-from tiny_kinds import adapter_state, lite_state, lora_state, union_state
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ def run(host: Host, control: Any, family: str) -> Run:
 @pytest.mark.parametrize("newer", [True, False])
 @pytest.mark.parametrize("kind", ["ControlNet", "Union", "Control-LoRA", "lite", "T2I-Adapter"])
 def test_a_scaled_file_gives_the_latent_of_what_it_stands_for(host: Host, kind: str, newer: bool):
+    from tiny_kinds import adapter_state, lite_state, lora_state, union_state  # it imports the host
+
     family = "sdxl" if kind == "Union" else "sd15"
     state = {
         "ControlNet": lambda: host.state("sd15_depth"),
