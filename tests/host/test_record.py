@@ -88,8 +88,10 @@ def expected(call: dict[str, Tensor], rows: list[int] | None, strength: float, s
     out = []
     for residual, joined in [*((f"residual {i}", f"skip {i}") for i in range(skips)), ("residual middle", "middle")]:
         target = call[joined] if rows is None else call[joined][rows]
-        assert call[residual].shape == target.shape
-        out.append((strength**2 * power(call[residual]) / power(target)) ** 0.5)
+        # What both halves of guidance have in common is computed once, for both.
+        whole = call[residual].repeat(len(target) // len(call[residual]), 1, 1, 1)
+        assert whole.shape == target.shape
+        out.append((strength**2 * power(whole) / power(target)) ** 0.5)
     return out
 
 

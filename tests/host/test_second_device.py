@@ -99,7 +99,9 @@ def test_every_dose_of_every_kind(host: Host, second: SecondHost, kind: str, dos
     same(host, second, dosed(kind, **DOSES[dose]))
     uploads = [] if kind == "foreign" else second.later("upload")  # the host's own uploads what it is given each time
     assert not uploads if dose in STEADY else len(set(uploads)) == len(uploads)
-    reads = second.later("read")
+    # What is not finite is looked for once more when the first sums are there, and then at the end.
+    reads = [read for read in second.later("read") if "watch.py" not in read]
+    assert len(second.later("read")) - len(reads) <= 1
     assert all("run.py" in read for read in reads) and len(reads) <= (0 if dose in STEADY else len(second.calls))
 
 

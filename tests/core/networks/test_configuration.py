@@ -189,7 +189,6 @@ def test_family(config: UNetConfig, name: str):
         (SDXL, SDXL),
         (TINY, replace(TINY, num_heads=4)),  # heads are the control's own affair
         (SD15, LAYOUTS["inpainting"]),  # the control gets the latent alone
-        (LAYOUTS["inpainting"], LAYOUTS["inpainting"]),
         (LAYOUTS["SDXL mid"], SDXL),
         (LAYOUTS["SDXL small"], SDXL),
         (LAYOUTS["no attention"], SDXL),
@@ -225,7 +224,11 @@ OTHER_SIZE = "this {0} ControlNet has {1}, the {0} model {2}: load a control mad
         (TINY, replace(TINY, num_res_blocks=3), OTHER_SIZE.format("SD1.x", "2 ResBlocks on each level", 3)),
         (SD15, replace(SD15, context_dim=64), OTHER_SIZE.format("SD1.x", "768 numbers for each text token", 64)),
         (SDXL, replace(SDXL, adm_in_channels=9), OTHER_SIZE.format("SDXL", "2816 numbers in the pooled vector", 9)),
-        (LAYOUTS["inpainting"], SD15, OTHER_SIZE.format("SD1.x", "9 latent channels", 4)),
+        # On an inpainting model too: a control gets the latent alone.
+        *(
+            (LAYOUTS["inpainting"], model, OTHER_SIZE.format("SD1.x", "9 latent channels", 4))
+            for model in (SD15, LAYOUTS["inpainting"])
+        ),
     ],
 )
 def test_these_do_not_fit(control: UNetConfig, model: UNetConfig, says: str):
