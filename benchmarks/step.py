@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..controlnet_core.networks.controlnet import ControlNet
 from ..controlnet_core.networks.unet import SD15, SDXL, UNetConfig
@@ -85,6 +85,17 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+ATTENTION: dict[Any, Any] = {
+    torch.ops.aten.scaled_dot_product_attention: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
+"""What torch's counter leaves out: attention on a CPU, by itself and, inside inference mode, as a whole."""
 
 
 # -- random networks of full size --------------------------------------------------------------------------------------
@@ -326,7 +337,7 @@ def counted(case: Measured, device: str, steps: int) -> Iterator[None]:
     """Count within what so many steps take; at full size the counters take a few thousandths of the time."""
     before = used(device)
     forget_peak(device)
-    with FlopCounterMode(display=False) as flops, Operations() as operations:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops, Operations() as operations:
         yield
     case.macs, case.operations = flops.get_total_flops() // 2 // steps, operations.count // steps
     case.memory = peak(device) - before
