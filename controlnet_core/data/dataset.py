@@ -213,6 +213,8 @@ class Dataset:
         return [0, *accumulate(len(file.prompts) for file in self.manifest.prompts)]
 
     def _file_of(self, prompt: int) -> str:
+        if not 0 <= prompt < self._starts[-1]:
+            raise _damaged(self.folder, f"prompt {prompt} of a shard is in none of its files")
         return self.manifest.prompts[bisect_right(self._starts, prompt) - 1].file
 
     @cached_property

@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} cannot be read ({error}): delete the folder and make the dataset again") from error
     said = (found.get("format"), found.get("version")) if isinstance(found, dict) else found
     if said not in [(FORMAT, version) for version in READ]:

@@ -204,14 +204,14 @@ def _json_lines(file: Path) -> Iterator[Any]:
     if text.lstrip().startswith("["):
         try:
             yield from json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             yield f"this is no JSON ({error})"
         return
     for line in text.splitlines():
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 yield f"this line is no JSON ({error})"
 
 

@@ -17,6 +17,7 @@ from ..networks.unet import UNet
 from .kinds import Format, UnknownFormat, detect, unwrapped
 from .layouts import from_diffusers
 from .reading import ContentError, LoadError, check_plain, read_weights
+from .scales import unscaled
 
 __all__ = ["LoadError", "LoadedControl", "load_control", "load_unet", "read_weights", "usual_dtype"]
 
@@ -55,9 +56,9 @@ def load_control(
     errors. Raises LoadError when no format claims the weights or any key is missing, unknown or of a wrong shape.
     """
     metadata = dict(metadata or {})
-    state = unwrapped(state)
     try:
         check_plain(state)
+        state = unwrapped(unscaled(state))
         kind, found = detect(state)
         weights = found.canonicalize(state)
         dropped = len(state) - len(weights)
@@ -92,11 +93,11 @@ def load_unet(
     The other arguments and the errors are those of `load_control`.
     """
     weights = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    if not weights:
-        diffusers = has("down_blocks.0.resnets.0.conv1.weight")
-        weights = from_diffusers(state) if diffusers(state) else dict(state)
     try:
-        check_plain(weights)
+        check_plain(weights or state)
+        weights = unscaled(weights or state)
+        if has("down_blocks.0.resnets.0.conv1.weight")(weights):
+            weights = from_diffusers(weights)
         _check_types(weights)
         config = read_unet_config(weights, metadata)
         check_heads(config)

@@ -15,7 +15,16 @@ import torch
 from ...controlnet_core.files.kinds import unwrapped
 from ...controlnet_core.files.layouts import OTHER_PARTS
 from ...controlnet_core.files.loading import LoadedControl, load_control, usual_dtype
-from ...controlnet_core.files.reading import forms, joined, read_weights, tensors_of
+from ...controlnet_core.files.reading import (
+    ContentError,
+    LoadError,
+    check_plain,
+    forms,
+    joined,
+    read_weights,
+    tensors_of,
+)
+from ...controlnet_core.files.scales import unscaled
 from ...controlnet_core.networks.control_lora import MARKER, ControlLora
 from ...controlnet_core.networks.controlnet import ControlNet
 from ...controlnet_core.networks.lite import ControlNetLite
@@ -93,7 +102,11 @@ def load(
 def _load(path: Path, name: str, weight_dtype: torch.dtype | None, model: Any) -> tuple[LoadedControl, torch.dtype]:
     """The network in a file, in the dtypes that the host would choose, and the one that it computes in."""
     state, metadata = _read(path)
-    state = unwrapped(state)
+    try:
+        check_plain(state)
+        state = unwrapped(unscaled(state))
+    except ContentError as error:
+        raise LoadError(f"{name}: {error}") from error
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
     stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
     if MARKER in state:

@@ -181,7 +181,7 @@ def test_a_training_is_that_of_the_cpu_and_goes_on(second: torch.device, name: s
     """Stopped after half of it; with samples between the steps, and a checkpoint that either device goes on from."""
     data, there = dataset(tmp_path / "data"), Process(device=second)
     chosen = {"learning_rate": 1e-4, "sample_every": 2, **TRAININGS[name]}
-    # Autocast there is nobody's, so that the CPU is asked for fp32; samples of a few steps go further apart than losses.
+    # Autocast there is nobody's, so that the CPU is asked for fp32; samples go further apart than losses.
     expected = fit(quick(**{**chosen, "precision": "fp32"}), data, tmp_path / "cpu")
     found = fit(quick(**{**chosen, "steps": 2}), data, tmp_path / "second", process=there)
     found += fit(quick(**chosen), data, tmp_path / "second", process=there)

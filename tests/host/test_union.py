@@ -74,7 +74,8 @@ def test_one_hint_is_what_the_hosts_own_control_makes_of_it(host: Host, way: str
 
     device = comfy.model_management.get_torch_device()
     control = load(host, control_type)
-    network = copy.deepcopy(control.network).to(device)  # the host moves its own network alone
+    with torch.inference_mode():  # as nodes run
+        network = copy.deepcopy(control.network).to(device)  # the host moves its own network alone
     settings = unet_config("sdxl")
     del settings["out_channels"]
     net = comfy.cldm.cldm.ControlNet(

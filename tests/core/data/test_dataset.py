@@ -265,6 +265,20 @@ def test_a_manifest_of_something_else_is_told(broken: Path, text: str):
         Dataset.open(broken)
 
 
+def test_a_manifest_too_deep_to_be_read_is_told(broken: Path):
+    (broken / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match="manifest.json cannot be read"):
+        Dataset.open(broken)
+
+
+def test_a_prompt_that_the_manifest_does_not_have_is_told(broken: Path):
+    found = json.loads((broken / "manifest.json").read_text())
+    found["prompts"] = [{**found["prompts"][0], "prompts": [""]}]
+    (broken / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(DatasetError, match=r"prompt \d+ of a shard is in none of its files"):
+        read_all(broken)
+
+
 def test_half_a_manifest_is_told(broken: Path):
     text = (broken / "manifest.json").read_text()
     (broken / "manifest.json").write_text(text[:100])
