@@ -4,7 +4,7 @@ Every case is a sampling of a real ComfyUI that has begun and takes one step whe
 random weights: without a control, under one or more of the host's own ControlNets, and under ours, which load the very
 same file. diffusers takes its turns on networks of the same layout. A step is both halves of guidance; a ratio is that
 to the step without controls of the same side and round. MACs and operations (views left out) are counted in the first
-round and do not depend on what else the machine does. A first step of each case, which encodes hints, is not measured.
+round and do not depend on what else the machine does. Hints are encoded before, in half a step that is not measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..controlnet_core.networks.controlnet import ControlNet
 from ..controlnet_core.networks.unet import SD15, SDXL, UNetConfig
@@ -85,6 +85,17 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+ATTENTION: dict[Any, Any] = {
+    torch.ops.aten.scaled_dot_product_attention: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
+"""What torch's counter leaves out: attention on a CPU, by itself and, inside inference mode, as a whole."""
 
 
 # -- random networks of full size --------------------------------------------------------------------------------------
@@ -174,13 +185,16 @@ def sampling(model: Any, prompts: list[list[Any]], setting: Setting) -> Sampling
     def begin(then: Callable[[Step], None]) -> None:
         guider = samplers.CFGGuider(model)
         guider.set_conds(*prompts)
-        guider.set_cfg(7.0)
 
         def steps(predict: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
             def step() -> object:
                 # Samplings that have begun meanwhile are of clones of one model, which knows the last of them alone.
                 guider.inner_model.current_patcher = guider.model_patcher
                 return predict(x, sigmas[:1].expand(len(x)), **(extra_args or {}))
+
+            guider.set_cfg(1.0)  # hints are encoded, and the device sets up what it does once: one half is enough
+            step()
+            guider.set_cfg(7.0)
 
             then(step)
             return x
@@ -292,8 +306,6 @@ def measure(setting: Setting, controls: int, rounds: int, steps: int, diffusers:
     takes: list[Step] = []
 
     def take_turns() -> None:
-        for step in takes:
-            step()  # hints are encoded, and the device sets up what it does once
         for turn in range(rounds):
             pairs = list(zip(found, takes, strict=True))
             for case, step in pairs[:: 1 if turn % 2 == 0 else -1]:
@@ -326,7 +338,7 @@ def counted(case: Measured, device: str, steps: int) -> Iterator[None]:
     """Count within what so many steps take; at full size the counters take a few thousandths of the time."""
     before = used(device)
     forget_peak(device)
-    with FlopCounterMode(display=False) as flops, Operations() as operations:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops, Operations() as operations:
         yield
     case.macs, case.operations = flops.get_total_flops() // 2 // steps, operations.count // steps
     case.memory = peak(device) - before
@@ -406,14 +418,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", type=int, default=512, help="sides of the square picture: 256 to 1024, by 64")
     parser.add_argument("--batch", type=int, default=1, help="pictures, 1 to 8; each is two samples")
     parser.add_argument("--controls", type=int, default=2, help="up to so many controls at once, 0 to 4")
-    parser.add_argument("--rounds", type=int, help="left out: 2 on a CPU, 8 on a GPU")
+    parser.add_argument("--rounds", type=int, help="left out: 1 on a CPU, 8 on a GPU")
     parser.add_argument("--steps", type=int, help="steps of a round; left out: 1 on a CPU, 10 on a GPU")
     parser.add_argument("--without-diffusers", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder for table, plot and numbers")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not cuda:
         raise DevError("torch finds no CUDA device here: choose --device cpu")
-    rounds, steps = (n or d for n, d in ((given.rounds, 8 if cuda else 2), (given.steps, 10 if cuda else 1)))
+    gpu = given.device == "cuda"
+    rounds, steps = (n or d for n, d in ((given.rounds, 8 if gpu else 1), (given.steps, 10 if gpu else 1)))
     if given.size % 64 or not (64 <= given.size <= 1024 and 1 <= given.batch <= 8 and 0 <= given.controls <= 4):
         raise DevError("--size is 64 to 1024 by 64, --batch 1 to 8, --controls 0 to 4")
     setting = Setting(given.device, given.family, given.size, given.batch)

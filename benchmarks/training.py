@@ -286,12 +286,12 @@ def measure(setting: Setting, steps: int, rounds: int) -> dict[str, list[Round]]
 
 def used(device: str) -> int:
     """Bytes in use: of GPU memory, or by this process."""
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated() if device == "cuda" else status("VmRSS")
 
 
 def peak(device: str) -> int:
     """The most bytes in use since `forget_peak`."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
 
 
 def forget_peak(device: str) -> None:
@@ -305,7 +305,7 @@ def forget_peak(device: str) -> None:
 STATUS = Path("/proc/self/status")
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A number of bytes that Linux tells about this process; 0 on other systems."""
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
