@@ -317,8 +317,18 @@ def _begin() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, resource.RLIM_INFINITY))
 
 
+@cache
+def _warm(name: str) -> None:
+    """Read the sound files once: what libraries load at their first use is no case's time."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file, data in _sound(name).items():
+            (Path(folder) / file).write_bytes(data)
+        FORMATS[name].read(Path(folder))
+
+
 def chunk(name: str, seed: int, first: int, last: int) -> list[tuple[int, str, str]]:
     """The cases first ... last - 1: number, outcome and words."""
+    _warm(name)
     return [(number, *case(name, seed, number)) for number in range(first, last)]
 
 
