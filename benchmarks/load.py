@@ -70,7 +70,7 @@ def work(connection: Connection, side: str, setting: Setting, folder: Path) -> N
                 found.append(time.perf_counter() - start)
 
             forget_peak(setting.device)
-            step.sampling(model, prompts, setting)(once)
+            step.sampling(model, prompts, setting, warm=False)(once)
             return found[0], peak(setting.device)
 
         first()

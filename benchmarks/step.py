@@ -178,8 +178,8 @@ Sampling = Callable[[Callable[[Step], None]], None]
 """Begins a sampling, and hands what takes a step of it to its argument; ends when that returns."""
 
 
-def sampling(model: Any, prompts: list[list[Any]], setting: Setting) -> Sampling:
-    """A sampling of the host of `model` under these prompts, the positive one first."""
+def sampling(model: Any, prompts: list[list[Any]], setting: Setting, warm: bool = True) -> Sampling:
+    """A sampling of the host of `model` under these prompts, the positive one first; `warm`: after half a step."""
     samplers = _host("samplers")[0]
 
     def begin(then: Callable[[Step], None]) -> None:
@@ -192,8 +192,9 @@ def sampling(model: Any, prompts: list[list[Any]], setting: Setting) -> Sampling
                 guider.inner_model.current_patcher = guider.model_patcher
                 return predict(x, sigmas[:1].expand(len(x)), **(extra_args or {}))
 
-            guider.set_cfg(1.0)  # hints are encoded, and the device sets up what it does once: one half is enough
-            step()
+            if warm:  # hints are encoded, and the device sets up what it does once: one half is enough
+                guider.set_cfg(1.0)
+                step()
             guider.set_cfg(7.0)
 
             then(step)
