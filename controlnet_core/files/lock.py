@@ -36,8 +36,11 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by another process ({file.read(20).decode('ascii', 'replace').strip() or '?'}): "
                 "wait until it ends, stop it, or choose another name"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
+        own = f"{os.getpid()}\n".encode()
+        file.seek(0)
+        if file.read() != own:
+            file.truncate(0)
+            file.write(own)
         yield
 
 
