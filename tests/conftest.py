@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     # First, for torch's autograd counts devices at the first backward pass and takes no later ones.
-    items.sort(key=lambda item: "second_device" not in item.nodeid)
+    items.sort(key=lambda item: "core/test_second_device" not in item.nodeid)
 
     if not torch.cuda.is_available():
         no_cuda = pytest.mark.skip(reason="needs CUDA, and torch finds none")

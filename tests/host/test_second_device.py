@@ -14,6 +14,8 @@ import pytest
 import torch
 from graphs import Control, Run, Scene, latent, moved, off_by, picture
 
+from zeroconv.annotators.networks import NETWORKS
+
 from ..second_device import transfers
 from .neighbours.callers import MultiDiffusion, animatediff, in_tiles
 from .neighbours.controls import KINDS, apply, ours
@@ -277,7 +279,12 @@ def test_the_training_node(host: Host, tmp_path: Path, more: dict[str, Any]):
     assert found == pytest.approx(expected, rel=1e-4) and len(found) == 4
 
 
-@pytest.mark.parametrize("annotator", LEARNED, ids=[annotator.name for annotator in LEARNED])
+PROGRAMS = {network.name for network in NETWORKS if any(file.program for file in network.files)}
+MOVED = [annotator for annotator in LEARNED if not PROGRAMS & set(annotator.networks)]
+"""TorchScript holds tensors of torch's own and takes none of this device."""
+
+
+@pytest.mark.parametrize("annotator", MOVED, ids=[annotator.name for annotator in MOVED])
 def test_annotators(annotator: Annotator, bench: Bench, photograph: torch.Tensor):  # noqa: F811 - the fixtures
     """What learned annotators see with their networks there: the hint of the CPU, to a grey level."""
     bench.publish(annotator.networks)
