@@ -46,7 +46,7 @@ def work(connection: Connection, side: str, setting: Setting, folder: Path) -> N
     """One side's process: sends a `Loaded`."""
     with step.host(setting.device):
         model, hint = step.host_model(setting), torch.rand(1, 3, setting.size, setting.size)
-        files = import_module(f"{__package__.rpartition('.')[0]}.nodes.host.files")  # after the host is there
+        files = import_module("zeroconv.nodes.host.files")  # after the host is there
         import_module("folder_paths").add_model_folder_path("controlnet", str(folder))
         native = import_module("comfy.controlnet")
 
