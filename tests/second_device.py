@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -269,8 +269,8 @@ def device() -> torch.device:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    _kept.append(torch.library.Library("_", "IMPL", "AutocastPrivateUse1"))
-    _kept[0].fallback(torch.library.fallthrough_kernel)  # autocast is there, and changes no numbers
+    _kept.append(library.Library("_", "IMPL", "AutocastPrivateUse1"))
+    _kept[0].fallback(library.fallthrough_kernel)  # autocast is there, and changes no numbers
     return torch.device(NAME, 0)
 
 
