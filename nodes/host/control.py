@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -21,18 +20,18 @@ from torch import Tensor
 
 from ...controlnet_core.dosing import reuse
 from ...controlnet_core.dosing.clock import Moment
-from ...controlnet_core.dosing.piece import Piece, parts
+from ...controlnet_core.dosing.piece import parts
 from ...controlnet_core.dosing.strength import ControlScales, Strength
 from ...controlnet_core.dosing.window import Window
 from ...controlnet_core.errors import ZeroConvError, printable
-from ...controlnet_core.keys import times
 from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import SD15, UNetConfig
 from . import given, run
+from .call import Call, Hint, repeats, tiles, watch_sizes
 from .graphs import Beside
 from .kept import Kept
-from .resize import POSITIONS, Resize, at_positions, resize, with_positions
+from .resize import Resize, at_positions, resize, with_positions
 from .watch import Finite
 
 RECORD = "zeroconv_record"
@@ -41,64 +40,6 @@ RECORD = "zeroconv_record"
 
 class ControlError(ZeroConvError):
     """A control that does not fit the model or the graph it is used in."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the UNet, cut down to the samples that this control acts on, at strength `value`.
-
-    `x` (B,4,H,W), `t` (B,) and `cond` hold conds of equal size one after the other, such as the halves of guidance:
-    those numbered `halves` of the whole call, whose samples are `piece`. Of x and t the first `distinct` are enough:
-    what follows repeats them. `options` are the host's for this call.
-    """
-
-    x: Tensor
-    t: Tensor
-    cond: dict[str, Any]
-    halves: tuple[int, ...]
-    piece: Piece
-    distinct: int
-    options: dict[str, Any]
-    value: float
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the latent; less than the run's where a prompt is limited to an area."""
-        return self.x.shape[2], self.x.shape[3]
-
-
-@dataclass(frozen=True)
-class Hint:
-    """The hint of a call: of `source` (F,C,H,W), the whole one or what was cut of it, the entries `numbers`.
-
-    The first `channels` are the picture's. With `count`, entry i is `piece.numbers(count)[i]` of so many; without,
-    there is one for each sample that control acts on. What is made of it may be kept under `key` while `alive` is.
-    """
-
-    source: Tensor
-    channels: int
-    numbers: tuple[int, ...]
-    count: int | None
-    key: Hashable
-    alive: Tensor | None
-
-    @property
-    def rows(self) -> Tensor:
-        """The picture's channels of these entries, (F,C,H,W), at the size that they were given in."""
-        return self._entries(self.source[:, : self.channels])
-
-    @property
-    def positions(self) -> Tensor | None:
-        """Where the pixels lie in the whole hint, (F,2,H,W); `None` where that is not told."""
-        told = self.source[:, self.channels :]
-        return self._entries(told) if told.shape[1] == POSITIONS else None
-
-    def _entries(self, tensor: Tensor) -> Tensor:
-        return tensor if len(self.numbers) == len(tensor) else tensor[list(self.numbers)]
-
-    def of(self, piece: Piece, made: Tensor) -> Tensor:
-        """What was made of the entries, for each of the samples of `piece`."""
-        return made if self.count is None else piece.of_frames(made, self.count)
 
 
 class HintsAsGiven:
@@ -285,8 +226,8 @@ class Control(comfy.controlnet.ControlNet):
         value = self._value(options, t) if halves else 0.0
         if value == 0.0:
             return None
-        tiles = _tiles(x, t, batched_number, options)
-        piece = parts(x.shape[0], batched_number, halves, self._frames(options), tiles)
+        copies = tiles(x, t, batched_number, options)
+        piece = parts(x.shape[0], batched_number, halves, self._frames(options), copies)
         cond = {
             key: piece.take(value) if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1] else value
             for key, value in cond.items()
@@ -296,7 +237,7 @@ class Control(comfy.controlnet.ControlNet):
         # The host gives one latent to all conds. Where nobody tells that this is what they have, not a part of it each,
         # looking is cheap on the CPU alone: a GPU would have to finish first.
         alike = options.get(run.LATENT) == whole or (repeats(x, distinct) and repeats(t, distinct))
-        return Call(x, t, cond, halves, piece, distinct if tiles == 1 and alike else len(x), options, value)
+        return Call(x, t, cond, halves, piece, distinct if copies == 1 and alike else len(x), options, value)
 
     def _value(self, options: dict[str, Any], sigma: Tensor) -> float:
         """The strength of this call, 0 when nothing acts."""
@@ -335,7 +276,7 @@ class Control(comfy.controlnet.ControlNet):
         """What the UNet is given in a call in which this control acts; `previous` are the controls before it."""
         assert self._model_config is not None
         shapes = self._model_config.residual_shapes(*call.size)
-        _watch_sizes(call.options, self._model_config)
+        watch_sizes(call.options, self._model_config)
         residuals = self._weighed(call, self._scales(call)).mapped(lambda _, part: self._in_batch(call, part))
         self._finite.see(call.x, residuals)
         if RECORD in call.options:
@@ -504,41 +445,3 @@ def _held(shapes: Sequence[tuple[int, ...]], frames: int) -> int:
     What it needs while it runs it gives back before the UNet takes as much or more.
     """
     return 2 * frames * sum(map(prod, shapes)) + frames * prod(shapes[0])
-
-
-def repeats(tensor: Tensor, rows: int) -> bool:
-    """Whether it is known that `tensor` repeats its first `rows` all over: what lies on the CPU is compared."""
-    return len(tensor) <= rows or (tensor.device.type == "cpu" and torch.equal(tensor[rows:], tensor[:-rows]))
-
-
-def _tiles(x: Tensor, t: Tensor, batched_number: int, options: dict[str, Any]) -> int:
-    """How many tiles of the picture are in a call, one after another with all parts of the batch in each.
-
-    The host says the sigmas of one part, and a tiled sampler repeats what the UNet is given for each tile.
-    """
-    part = len(options.get("sigmas", ())) * batched_number
-    return len(t) // part if part and len(t) == len(x) and len(t) % part == 0 else 1
-
-
-def _watch_sizes(options: dict[str, Any], config: UNetConfig) -> None:
-    """Let this call of the UNet raise where its blocks have other sizes than residuals: the host only logs that.
-
-    Other nodes may shrink the features inside the UNet. The sizes are those of what the UNet is really given, which a
-    tiled sampler may cut down.
-    """
-    patches, place = options.get("patches", {}), "input_block_patch_after_skip"
-    if any(getattr(patch, "func", None) is _check_size for patch in patches.get(place, ())):
-        return
-    options["patches"] = {**patches, place: [partial(_check_size, config), *patches.get(place, ())]}
-
-
-def _check_size(config: UNetConfig, h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
-    """The host's patch behind each encoder block: `h` as it came."""
-    number = transformer_options["block"][1]
-    expected = config.residual_shapes(*transformer_options["original_shape"][2:])[number]
-    if tuple(h.shape[1:]) != expected:
-        raise injection.InjectionError(
-            f"encoder block {number} of the model gives {times(h.shape[1:])}, and control has {times(expected)} for "
-            "it: another node changes the size inside the model (Deep Shrink does); take that node off, or the control"
-        )
-    return h

@@ -11,7 +11,8 @@ from ...controlnet_core.networks import injection
 from ...controlnet_core.networks.configuration import ConfigurationError, describe_mismatch, read_unet_config
 from ...controlnet_core.networks.residuals import Residuals
 from ...controlnet_core.networks.unet import UNetConfig
-from .control import Call, Control, ControlError
+from .call import Call
+from .control import Control, ControlError
 from .models import unet_config
 from .resize import check_crop, resize
 

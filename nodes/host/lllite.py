@@ -14,7 +14,8 @@ from ...controlnet_core.dosing.strength import ControlScales
 from ...controlnet_core.networks.injection import HostControl
 from ...controlnet_core.networks.lllite import PREFIX, ControlLLLite, LLLiteError, hooked, targets
 from ...controlnet_core.networks.unet import UNetConfig
-from .control import RECORD, Call, ControlError, Hint
+from .call import Call, Hint
+from .control import RECORD, ControlError
 from .models import unet_config
 from .networks import NetworkControl
 

@@ -21,7 +21,8 @@ from ...controlnet_core.networks.t2i_adapter import T2IAdapter
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.networks.union import TYPES, UnionControlNet
 from . import graphs
-from .control import RECORD, Call, Control, ControlError, Hint, repeats
+from .call import Call, Hint, repeats
+from .control import RECORD, Control, ControlError
 from .models import on_device, unet_config
 from .resize import resize
 
