@@ -25,6 +25,7 @@ import torch
 from ..controlnet_core.networks.controlnet import ControlNet
 from ..devtools import DevError
 from . import step
+from ._report import machine
 from .step import CONFIGS, RESULTS, Setting
 from .training import forget_peak, peak, status, synchronize, used
 
@@ -140,7 +141,7 @@ def main(arguments: list[str]) -> int:
     setting = Setting(given.device, given.family, given.size, 1)
     found = measure(setting, given.rounds)
     command = f"python dev.py bench load {' '.join(arguments)}".rstrip()
-    place = step.machine(given.device)
+    place = machine(given.device)
     text = f"`{command}`\n\n{setting}; {place}; {given.rounds} rounds\n\n{table(found)}\n"
     print(text)
     given.output.mkdir(parents=True, exist_ok=True)

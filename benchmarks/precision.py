@@ -7,9 +7,7 @@ whose weights are in fp8 with a scale each. Computed in fp32. Fidelity is the la
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from ..lab.evaluate import HeldOut, held_out, judge
 from ..lab.models import control_name, load_weights, read_weights
 from ..lab.pipeline import GUIDANCE_SCALE, LabModel, scene_noise
 from ..lab.segmenter import Segmenter
+from ._report import leave, machine
 
 RESULTS = Path(__file__).parent / "results"
 HINTS = ("depth", "canny", "pose")
@@ -123,14 +122,9 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     about = (
         f"{chosen.scenes} held-out scenes of the lab, {chosen.steps} steps, guidance scale {GUIDANCE_SCALE:g}, "
-        f"{platform.system()} {platform.machine()}, torch {torch.__version__}"
+        f"{machine('cpu')}"
     )
     print(about)
     rows = measure(held_out(chosen.scenes), chosen.steps, chosen.hints)
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    written = {"about": about, "rows": [asdict(row) for row in rows]}
-    (chosen.output / "precision.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    table = "\n".join([f"{about}.", "", HEAD, *map(line, rows)])
-    (chosen.output / "precision.md").write_text(table + "\n", encoding="utf-8")
-    print(f"look at {chosen.output / 'precision.md'}")
+    leave(chosen.output, "precision", about, HEAD, rows, line)
     return 0

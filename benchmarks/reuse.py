@@ -8,12 +8,10 @@ give the last residuals again as they are, without the line through the last two
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -31,6 +29,7 @@ from ..lab.evaluate import SETTINGS, HeldOut, held_out, judge
 from ..lab.models import load_weights
 from ..lab.pipeline import GUIDANCE_SCALE, LabModel, scene_noise
 from ..lab.segmenter import Segmenter
+from ._report import leave, machine
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.0, 0.5, 2 / 3, 0.75)
@@ -201,15 +200,10 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     about = (
         f"{chosen.scenes} held-out scenes of the lab, {chosen.steps} steps, guidance scale {GUIDANCE_SCALE:g}, "
-        f"{torch.get_num_threads()} threads, {platform.system()} {platform.machine()}, torch {torch.__version__}; "
+        f"{machine('cpu')}; "
         f"a control's MACs are {share_of_step(LabModel.load(['depth'])):.2f} of the UNet's"
     )
     print(about)
     rows = measure(chosen.scenes, chosen.steps, chosen.hints, chosen.samplers)
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    written = {"about": about, "rows": [asdict(row) for row in rows]}
-    (chosen.output / "reuse.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    table = "\n".join([f"{about}.", "", HEAD, *map(line, rows)])
-    (chosen.output / "reuse.md").write_text(table + "\n", encoding="utf-8")
-    print(f"look at {chosen.output / 'reuse.md'}")
+    leave(chosen.output, "reuse", about, HEAD, rows, line)
     return 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..controlnet_core.networks.controlnet import ControlNet
 from ..controlnet_core.networks.unet import SD15, SDXL, UNetConfig
 from ..devtools import DevError, comfyui
+from ._report import machine
 from .training import forget_peak, peak, synchronize, used
 
 RESULTS = Path(__file__).parent / "results"
@@ -402,12 +402,6 @@ def plot(found: list[Measured], title: str, path: Path) -> None:
     axes.set_xlabel("time of a step over one without controls; black: its MACs over theirs")
     axes.set_title(title)
     figure.savefig(path, dpi=110)
-
-
-def machine(device: str) -> str:
-    """What it runs on."""
-    chip = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return f"{chip}, {platform.system()} {platform.machine()}, torch {torch.__version__}"
 
 
 def main(arguments: list[str]) -> int:

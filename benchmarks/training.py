@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from ..controlnet_core.training import loop
 from ..controlnet_core.training.distributed import Process
 from ..controlnet_core.training.options import PRECISIONS, TrainingOptions
 from ..devtools import DevError
+from . import _report
 
 TOKENS = 77
 SCALE = 0.18215
@@ -345,10 +345,9 @@ def _spread(ratios: list[float]) -> str:
 
 def machine(device: str) -> str:
     """What it runs on."""
-    chip = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     from diffusers import __version__
 
-    return f"{chip}, {platform.system()} {platform.machine()}, torch {torch.__version__}, diffusers {__version__}"
+    return f"{_report.machine(device)}, diffusers {__version__}"
 
 
 def main(arguments: list[str]) -> int:

@@ -113,20 +113,19 @@ def lost_in(graph: dict[str, Any], node_id: str | None) -> str:
 
     The host's merge nodes keep what hangs on `model1`; of `model2` they take weights alone.
     """
-    reached, seen = [node_id], set()
-    while reached:
-        source = reached.pop()
-        if source in seen:
-            continue
-        seen.add(source)
-        for name, node in graph.items():
-            for given, value in node.get("inputs", {}).items():
-                if not (isinstance(value, list) and len(value) == 2 and str(value[0]) == source):
-                    continue
-                if given == "model2" and node.get("class_type", "").startswith("ModelMerge"):
-                    return f"model2 of {node['class_type']} (node {name})"
-                if given in ("model", "model1"):
-                    reached.append(name)
+    links = [
+        (str(value[0]), given, name, node.get("class_type", ""))
+        for name, node in graph.items()
+        for given, value in node.get("inputs", {}).items()
+        if isinstance(value, list) and len(value) == 2
+    ]
+    reached = [node_id]
+    for source in reached:  # it grows
+        for _, given, name, kind in (link for link in links if link[0] == source):
+            if given == "model2" and kind.startswith("ModelMerge"):
+                return f"model2 of {kind} (node {name})"
+            if given in ("model", "model1") and name not in reached:
+                reached.append(name)
     return ""
 
 

@@ -110,9 +110,8 @@ def _load(path: Path, name: str, weight_dtype: torch.dtype | None, model: Any) -
     own = {key: tensor for key, tensor in state.items() if not key.startswith(OTHER_PARTS)}
     stored, compute, operations = dtypes(weight_dtype, usual_dtype(own))
     if MARKER in state:
-        operations = with_attention(
-            comfy.ops.manual_cast
-        )  # a Control-LoRA computes in its model's dtype, which only a run tells
+        # It computes in its model's dtype, which only a run tells.
+        operations = with_attention(comfy.ops.manual_cast)
     loaded = load_control(
         state,
         metadata,
