@@ -20,7 +20,6 @@ from .window import Window
 Guidance = Literal["both", "cond_only", "cfg_resolution"]
 GUIDANCE: tuple[Guidance, ...] = ("both", "cond_only", "cfg_resolution")
 
-
 MOST_REUSED = 0.9
 """Part of the steps: of ten, one must be computed."""
 
@@ -37,6 +36,7 @@ class Strength:
     block. `guidance` is "both" halves of classifier-free guidance, "cond_only", or "cfg_resolution": the conditional
     half with every residual times 64/h (paper, section 3.4), h being relative to the latent, so that the weights are
     1, 2, 4, 8 from the top level down at every picture size. `mask` (B,1,H,W) in 0..1 is resized to each residual.
+    `reuse` is the part of the steps at which residuals are told from those of earlier steps (`reuse.Reused`).
     """
 
     value: float = 1.0

@@ -219,10 +219,12 @@ class ControlLoraControl(ControlNetControl):
         self._weights = graphs.Weights(self.patcher, self.network, model)
 
     def cleanup(self) -> None:
-        """End a run; the model is let go."""
-        super().cleanup()
-        self.network.unbind()
-        graphs.RUNNER.drop(self.network)
+        """End a run; the model is let go, whatever is wrong with what was computed."""
+        try:
+            super().cleanup()
+        finally:
+            self.network.unbind()
+            graphs.RUNNER.drop(self.network)
 
 
 class UnionControl(ControlNetControl):

@@ -347,6 +347,16 @@ def test_the_model_is_left_as_it_was_and_let_go(host: Host):
     assert all(layer._base is None and layer._base_bias is None for layer in control.network.borrowed())
 
 
+def test_a_run_that_ends_with_an_error_of_its_own_lets_the_model_go(host: Host):
+    """Residuals that are not finite are told when the run ends."""
+    control = load(host, "sd15").copy()
+    control.network.bind(host.model("sd15").model.diffusion_model)
+    control._finite._sums.append(torch.tensor([0.0, float("inf")]))
+    with pytest.raises(ValueError, match="its residuals are not finite"):
+        control.cleanup()
+    assert all(layer._base is None and layer._base_bias is None for layer in control.network.borrowed())
+
+
 def test_a_run_that_fails_keeps_no_model_alive(host: Host):
     """The host ends no run after an error; the next run is as ever."""
     import comfy.model_management
