@@ -58,11 +58,13 @@ def test(arguments: list[str]) -> int:
     comfyui.fetch()  # pyright reads the host's types there, whichever host the tests run on
     chosen = [word for word in arguments if word != "--full"]
     marks = [] if "--full" in arguments else ["-m", "not slow"]
+    # One process for each of CI's two cores, where xdist is: an interpreter of one's own may lack it.
+    processes = ["-n", "2", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     python = sys.executable
     checks = {
         "ruff": [python, "-m", "ruff", "check", str(ROOT)],
         "pyright": [python, "-m", "pyright", "--project", str(ROOT), "--pythonpath", python],
-        "pytest": [python, "-m", "pytest", "--rootdir", str(ROOT), *marks, *chosen],
+        "pytest": [python, "-m", "pytest", "--rootdir", str(ROOT), *processes, *marks, *chosen],
     }
     codes = {}
     for name, command in checks.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import Annotator, Parameter
-from .images import AnnotatorError, to_bytes
+from .images import AnnotatorError, grey, to_bytes
 
 
 def canny(image: np.ndarray, low: float = 100.0, high: float = 200.0, backend: str = "cv2") -> np.ndarray:
@@ -23,8 +23,8 @@ def canny(image: np.ndarray, low: float = 100.0, high: float = 200.0, backend: s
     else:
         import cv2
 
-        edges = cv2.Canny(pixels, low, high).astype(np.float32) / 255
-    return np.repeat(edges[:, :, None], 3, axis=2)
+        edges = cv2.Canny(pixels, low, high) / np.float32(255)
+    return grey(edges)
 
 
 def _kornia_canny(pixels: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -20,7 +20,9 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(image)
     if not np.issubdtype(image.dtype, np.floating):
         raise AnnotatorError(f"image is {image.dtype}; give float in 0..1 or uint8 in 0..255")
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    import cv2
+
+    return cv2.convertScaleAbs(np.maximum(image, 0, dtype=np.float32), alpha=255)  # rounds, and ends at 255
 
 
 def to_picture(image: np.ndarray) -> np.ndarray:
@@ -58,7 +60,10 @@ def to_picture(image: np.ndarray) -> np.ndarray:
 
 def grey(values: np.ndarray) -> np.ndarray:
     """A map (...,H,W) of numbers as a hint (...,H,W,3) float32 whose three channels are the same."""
-    return np.repeat(values[..., None].astype(np.float32, copy=False), 3, axis=-1)
+    import cv2
+
+    rows = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
+    return cv2.cvtColor(rows, cv2.COLOR_GRAY2RGB).reshape(*values.shape, 3)
 
 
 def pad_to_multiple(image: np.ndarray, multiple: int = PADDED) -> np.ndarray:

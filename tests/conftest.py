@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-# Two threads for every library, before any of them is loaded: CI has two cores, and results must not depend on more.
+# One thread for every library, before any of them is loaded: `dev.py test` runs a process of tests on each core.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "2")
+    os.environ.setdefault(variable, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads a model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
-
-    # First, for torch's autograd counts devices at the first backward pass and takes no later ones.
-    items.sort(key=lambda item: "core/test_second_device" not in item.nodeid)
 
     if not torch.cuda.is_available():
         no_cuda = pytest.mark.skip(reason="needs CUDA, and torch finds none")

@@ -265,7 +265,7 @@ _kept: list[Any] = []
 
 @cache
 def device() -> torch.device:
-    """The second device, known to torch from the first call on."""
+    """The second device, which torch knows from the first call on: the one at the end of this file."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
@@ -291,3 +291,6 @@ def transfers() -> Iterator[list[Transfer]]:
         yield heard
     finally:
         _listening.remove(heard)
+
+
+device()  # on import: torch's autograd counts devices at the first backward pass and takes no later ones
