@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,10 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .dataset import Dataset
 from .manifest import DatasetError
 from .pictures import Crop, PictureError, bucket, hint_of, read, size_of
 from .sources import Item, Skipped
 from .writer import CachingOptions, EncodePictures, EncodePrompt, Prepared, Writer
+
+log = logging.getLogger(__name__)
 
 Annotate = Callable[[np.ndarray], np.ndarray]
 """A picture (H,W,3) float32 in [0,1] -> its hint, the same; PictureError where it has none."""
@@ -26,6 +31,7 @@ class CachingProgress:
 
     `done` items are cached, `before` of them in earlier runs. `unused` items of earlier runs are not among the items
     now: they are kept on disk and not trained on. `enlarged` pictures of this run were smaller than their bucket.
+    `bytes` is what this run writes at most, known before anything is encoded: hints of one channel take a third.
     """
 
     step: int
@@ -35,6 +41,7 @@ class CachingProgress:
     unused: int
     enlarged: int
     skipped: tuple[Skipped, ...]
+    bytes: int = 0
 
 
 def make(
@@ -51,8 +58,8 @@ def make(
     what is gone from `items` is put aside. Closing the generator keeps what is encoded; of a process that is killed
     one shard is lost at most, and the next run goes on from there. An item that cannot be read is skipped by name.
 
-    Raises DatasetError when the folder was made with other options or encoders, and when no item could be used;
-    SaveError when the disk is full.
+    Raises DatasetError when the folder was made with other options or encoders, when no item could be used, and before
+    anything is encoded when there is no room for it; SaveError when the disk is full.
     """
     if annotate is not None:
         items = [replace(item, hint=None) for item in items]
@@ -65,11 +72,14 @@ def make(
     todo = [item for group in groups for item, _ in group]
     prompts = writer.unknown(item.prompt for item in todo)
     step, enlarged = 0, 0
+    most = _room(folder, writer, groups, len(prompts), options)
+    if todo:
+        log.info("%d pictures to encode, %s at most in %s", len(todo), size_in_words(most), folder)
 
     def progress() -> CachingProgress:
         done = len(before) + writer.added
         return CachingProgress(
-            step, len(prompts) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped)
+            step, len(prompts) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped), most
         )
 
     yield progress()
@@ -116,6 +126,25 @@ def _stamps(items: Sequence[Item]) -> tuple[dict[str, str], list[Skipped]]:
 
 Group = list[tuple[Item, Crop]]
 """Items of one size, with what is taken of each."""
+
+
+def _room(folder: Path, writer: Writer, groups: Sequence[Group], prompts: int, options: CachingOptions) -> int:
+    """The bytes that these items and so many prompts take on disk at most; DatasetError where there is no such room."""
+    each = 2 if options.mirror else 1
+    pixels = sum(crop.size[0] * crop.size[1] for group in groups for _, crop in group) * each
+    rest = pixels // 64 * writer.latent_bytes + prompts * writer.prompt_bytes
+    free = shutil.disk_usage(folder).free
+    if rest + pixels > free:  # even if all hints have one channel
+        raise DatasetError(
+            f"{folder} needs {size_in_words(rest + pixels)} or more for {sum(map(len, groups))} pictures, and its disk "
+            f"has {size_in_words(free)}: choose a lower resolution, or another disk"
+        )
+    return rest + 3 * pixels
+
+
+def size_in_words(count: int) -> str:
+    """A number of bytes, such as 1.5 GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _groups(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[Skipped]]:
@@ -174,3 +203,33 @@ def _annotated(picture: np.ndarray, annotate: Annotate) -> np.ndarray:
     hint = annotate(np.ascontiguousarray(picture, dtype=np.float32) / 255)
     assert hint.shape == picture.shape, f"hint {hint.shape} of picture {picture.shape}"
     return np.rint(hint.clip(0, 1) * 255).astype(np.uint8)
+
+
+SHOWN = 100
+"""Skipped items that a report names."""
+
+
+def report(dataset: Dataset, layout: str, items: Sequence[Item], run: CachingProgress) -> str:
+    """What a run that ended with `run` has made of `items`, which came from `layout`, in lines."""
+    files = [*dataset.manifest.prompts, *dataset.manifest.shards]
+    buckets = ", ".join(f"{len(found)} of {width}x{height}" for (height, width), found in dataset.buckets.items())
+    unused = {skipped.name for skipped in run.skipped}
+    uncaptioned = sum(not item.prompt for item in items if item.name not in unused)
+    lines = [
+        f"dataset {dataset.folder}",
+        f"made of {layout}",
+        f"{run.done} pictures, {run.done - run.before} of them new; items: {buckets}",
+        f"hints: {dataset.manifest.options['hints']}",
+        f"{size_in_words(sum(file.bytes for file in files))}, {len(dataset.prompts) - 1} different prompts",
+    ]
+    if uncaptioned:
+        lines.append(f"{uncaptioned} pictures have no caption: they are trained on with the empty prompt")
+    if run.enlarged:
+        lines.append(f"{run.enlarged} of the new pictures are smaller than their bucket and were enlarged")
+    if run.unused:
+        lines.append(f"{run.unused} pictures of earlier runs are gone or have changed: they are not trained on")
+    if run.skipped:
+        lines += [f"{len(run.skipped)} skipped:", *(f"  {skipped}" for skipped in run.skipped[:SHOWN])]
+    if len(run.skipped) > SHOWN:
+        lines.append(f"  and {len(run.skipped) - SHOWN} more")
+    return "\n".join(lines)

@@ -80,7 +80,10 @@ class Row:
 
 
 class Writer:
-    """A dataset that grows: rows are held until they fill a shard, which is written before the manifest names it."""
+    """A dataset that grows: rows are held until they fill a shard, which is written before the manifest names it.
+
+    A latent pixel takes `latent_bytes` on disk, a prompt of the model's own length `prompt_bytes`.
+    """
 
     def __init__(
         self, folder: Path, encode_pictures: EncodePictures, encode_prompt: EncodePrompt, options: CachingOptions
@@ -114,6 +117,8 @@ class Writer:
             self._repair()
             self._check_context(context)
         self._moments = np.array(self._manifest.moments)
+        self.latent_bytes = probe.shape[0] * probe.element_size()
+        self.prompt_bytes = 2 * (context.numel() + (0 if pooled is None else pooled.numel()))
         texts = [prompt for file in self._manifest.prompts for prompt in file.prompts] or [""]
         self._numbers = {prompt: number for number, prompt in enumerate(texts)}
 
