@@ -288,8 +288,9 @@ def stack_contexts(contexts: Sequence[Tensor], empty: Tensor) -> Tensor:
 class Batches:
     """An endless sequence of batches: `batches[k]` are the items of the k-th, whatever was asked before.
 
-    In an epoch, `per_epoch` batches, every one of `items` comes once; the last batch of a bucket is filled up from that
-    bucket's beginning. Batches are of one bucket, and both items and batches are shuffled by `seed` and the epoch.
+    Batches are full and of one bucket. Each bucket is gone through in epochs, in which every one of its `items` comes
+    once; what an epoch leaves over begins the bucket's next batch, so that no picture is drawn more often than others
+    because few have its shape. Items and the batches of an epoch are shuffled by `seed` and the epoch.
     """
 
     def __init__(self, dataset: Dataset, items: Sequence[int], batch_size: int, seed: int):
@@ -301,19 +302,27 @@ class Batches:
         self._buckets = [buckets[size] for size in sorted(buckets)]
         self._batch_size, self._seed = batch_size, seed
         self._shuffled: tuple[int, list[list[int]]] = (-1, [])
-        self.per_epoch = sum(ceil(len(bucket) / batch_size) for bucket in self._buckets)
 
     def __getitem__(self, k: int) -> list[int]:
-        epoch, number = divmod(k, self.per_epoch)
+        # The largest bucket has a batch in `batch_size` epochs at the latest.
+        epoch = bisect_right(range(self._batch_size * (k + 1) + 1), k, key=self._before) - 1
         if self._shuffled[0] != epoch:
             self._shuffled = epoch, self._epoch(epoch)
-        return list(self._shuffled[1][number])
+        return list(self._shuffled[1][k - self._before(epoch)])
+
+    def _before(self, epoch: int) -> int:
+        """How many batches come before an epoch."""
+        return sum(epoch * len(bucket) // self._batch_size for bucket in self._buckets)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        draw = np.random.default_rng([self._seed, epoch])
+        """The batches that become full in an epoch."""
         batches = []
-        for bucket in self._buckets:
-            order = [bucket[i] for i in draw.permutation(len(bucket))]
-            for start in range(0, len(order), self._batch_size):
-                batches.append([order[i % len(order)] for i in range(start, start + self._batch_size)])
-        return [batches[i] for i in draw.permutation(len(batches))]
+        for number, bucket in enumerate(self._buckets):
+            count, size = len(bucket), self._batch_size
+            start, end = (each * count // size * size for each in (epoch, epoch + 1))  # in the bucket's epochs as one
+            first = start // count
+            drawn = [
+                np.random.default_rng([self._seed, number, i]).permutation(bucket) for i in range(first, epoch + 1)
+            ]
+            batches += np.concatenate(drawn)[start - first * count : end - first * count].reshape(-1, size).tolist()
+        return [batches[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(batches))]

@@ -30,7 +30,11 @@ def clip_of(family: str) -> Any:
     import comfy.supported_models
     from tiny_models import randomise
 
-    kind = {"sd15": comfy.supported_models.SD15, "sd21": comfy.supported_models.SD20, "sdxl": comfy.supported_models.SDXL}
+    kind = {
+        "sd15": comfy.supported_models.SD15,
+        "sd21": comfy.supported_models.SD20,
+        "sdxl": comfy.supported_models.SDXL,
+    }
     target = kind[family].clip_target(None, {})  # type: ignore[arg-type]
     clip = comfy.sd.CLIP(target, model_options={f"clip_{letter}_model_config": TINY for letter in "lgh"})
     randomise(clip.cond_stage_model, 5)
@@ -58,7 +62,11 @@ def checkpoint(path: Path, family: str, clip: Any, vae: Any) -> Path:
     """A file as the host saves it: ldm's layout, without a UNet."""
     import comfy.supported_models
 
-    kind = {"sd15": comfy.supported_models.SD15, "sd21": comfy.supported_models.SD20, "sdxl": comfy.supported_models.SDXL}
+    kind = {
+        "sd15": comfy.supported_models.SD15,
+        "sd21": comfy.supported_models.SD20,
+        "sdxl": comfy.supported_models.SDXL,
+    }
     saved = kind[family].process_clip_state_dict_for_saving(None, clip.get_sd())  # type: ignore[arg-type]
     saved |= {f"first_stage_model.{key}": tensor for key, tensor in vae.get_sd().items()}
     save_file({key: tensor.clone().contiguous() for key, tensor in saved.items()}, path)
@@ -68,6 +76,7 @@ def checkpoint(path: Path, family: str, clip: Any, vae: Any) -> Path:
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_the_encoders_are_the_hosts(host: Host, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import comfy
+
     from zeroconv.nodes.host import dataset
 
     monkeypatch.setattr(dataset, "SDXL_CONTEXT", 2 * WIDTH)
