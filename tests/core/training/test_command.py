@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from zeroconv.controlnet_core.files import saving
 from zeroconv.controlnet_core.files.loading import read_weights
 from zeroconv.controlnet_core.training import __main__ as command
 from zeroconv.controlnet_core.training import checkpoint, config
@@ -236,6 +238,37 @@ def test_errors_are_one_sentence(
     assert said in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run" / "losses.csv").exists()
+
+
+def test_paths_are_flags_and_underscores_are_dashes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a file at all, and with one whose paths are replaced; flags are relative to the working folder."""
+    write_config(tmp_path, folder / "data")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base", "base.safetensors", "--dataset", str(folder / "data"), "--output", "my_run"]
+    quickly = ["--steps", "2", "--batch_size", "2", "--held_out=2", "--sample_every", "0", "--precision", "fp32"]
+    assert command.main([*flags, *quickly]) == 0
+    assert json.loads((tmp_path / "my_run" / "options.json").read_text())["batch_size"] == 2
+    assert command.main([str(tmp_path / "config.toml"), "--output", "other", "--steps", "2"]) == 0
+    assert (tmp_path / "other" / "control.safetensors").is_file() and not (tmp_path / "run").exists()
+
+
+def test_what_the_base_predicts_is_read_from_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    """Unless the file says it; and zero terminal SNR leaves no noise to tell."""
+    file = write_config(tmp_path, folder / "data", steps=1)
+    weights, metadata = read_weights(tmp_path / "base.safetensors")
+    marks = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
+    saving.write(tmp_path / "base.safetensors", {**weights, **marks}, metadata)
+    options = tmp_path / "run" / "options.json"
+    with caplog.at_level("INFO"):
+        assert command.main([str(file)]) == 0
+    assert "base.safetensors predicts v: its key v_pred, and ztsnr: zero terminal SNR" in caplog.text
+    assert json.loads(options.read_text())["prediction"] == "v"
+    assert command.main([str(file), "--prediction", "eps"]) == 1
+    assert "base.safetensors has zero terminal SNR, where no noise can be told: choose prediction v" in (
+        capsys.readouterr().err
+    )
 
 
 def test_no_file_and_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture):
