@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,20 @@ def test_errors_of_the_command_are_one_sentence(given: dict[str, Any], capsys: p
     assert "no file was given: --defaults prints one to begin with; without one --base must be given" in (
         capsys.readouterr().err
     )
+
+
+def test_the_core_alone_says_that_annotators_are_not_there(given: dict[str, Any], tmp_path: Path):
+    """And makes datasets of given hints."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copytree(ROOT / "controlnet_core", alone / "controlnet_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for i in range(2):
+        save(given["folder"] / "hints" / f"{i}.png", array(10 + i))
+    for more, code, said in (({"annotator": "canny"}, 1, "annotators cannot be had ("), ({}, 0, "hints: given")):
+        here = [sys.executable, "-m", "controlnet_core.data", *flags(given, **more)]
+        done = subprocess.run(here, cwd=alone, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout + done.stderr
 
 
 @pytest.mark.weights
