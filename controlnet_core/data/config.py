@@ -32,9 +32,26 @@ DATA: dict[str, tuple[Any, str]] = {
     "annotator_resolution": (0, "short side of what the annotator looks at; 0: the size that is trained on"),
     "annotator_weights": ("annotators", "folder of the files that annotators with networks read, or fetch"),
     "mirror": (CachingOptions.mirror, "train on the mirror image of each picture as well"),
+    "crops": (
+        CachingOptions.crops,
+        "parts of each picture: 1 is its centre; more are slightly enlarged, and hints follow",
+    ),
+    "caption_variants": (CachingOptions.caption_variants, "forms of each caption: 1 is itself; more shuffle its tags"),
+    "tag_dropout": (CachingOptions.tag_dropout, "share of the tags that are left out of such a form"),
+    "keep_tags": (CachingOptions.keep_tags, "tags that stay in front of it"),
     "batch_size": (CachingOptions.batch_size, "pictures that are encoded at once"),
 }
 """Each key with its default and what it means; `base`, `dataset` and `folder` have to be given."""
+
+RANGES = {
+    "resolution": (64, 8192),
+    "annotator_resolution": (0, 8192),
+    "crops": (1, 64),
+    "caption_variants": (1, 64),
+    "tag_dropout": (0, 1),
+    "keep_tags": (0, 1000),
+    "batch_size": (1, 4096),
+}
 
 PATHS = ("output", "base", "tokenizer", "dataset", "folder", "annotator_weights")
 
@@ -67,9 +84,9 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
     for key, value in said.items():
         if type(value) is not type(DATA[key][0]):
             raise ConfigError(f"{_file(path)}{place('data', key)} is {value!r}: expected one like {DATA[key][0]!r}")
-    for key, least in (("resolution", 64), ("batch_size", 1), ("annotator_resolution", 0)):
-        if said[key] < least:
-            raise ConfigError(f"{_file(path)}{place('data', key)} is {said[key]}: expected {least} or more")
+    for key, (least, most) in RANGES.items():
+        if not least <= said[key] <= most:
+            raise ConfigError(f"{_file(path)}{place('data', key)} is {said[key]}: expected {least} to {most}")
     return Making(
         base=path_of(path, found, "model", "base"),
         tokenizer=path_of(path, found, "model", "tokenizer") if found["model"].get("tokenizer") else None,
@@ -81,7 +98,7 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
             mirror=said["mirror"],
             hints=said["annotator"],
             hint_resolution=0 if said["annotator"] == GIVEN else said["annotator_resolution"],
-            batch_size=said["batch_size"],
+            **{key: said[key] for key in ("batch_size", "crops", "caption_variants", "tag_dropout", "keep_tags")},
         ),
     )
 

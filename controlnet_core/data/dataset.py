@@ -52,7 +52,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an item lies: row `row` of shard `file`; its pictures have `height` x `width` pixels."""
+    """Where an item lies: row `row` of shard `file`; its pictures have `height` x `width` pixels.
+
+    `crop` and `variant` count from 0, the centre of the picture and its caption as it was written.
+    """
 
     name: str
     mirrored: bool
@@ -60,6 +63,13 @@ class Place:
     row: int
     height: int
     width: int
+    crop: int = 0
+    variant: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the picture itself with its caption, and not a form of them to learn more from."""
+        return not (self.mirrored or self.crop or self.variant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +94,11 @@ class Dataset:
         if wrong:
             raise _damaged(folder, "; ".join(wrong))
         places = tuple(
-            Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width)
+            Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width, entry.crop, variant)
             for shard in manifest.shards
             for row, entry in enumerate(shard.entries)
             if entry.live
+            for variant in range(manifest.options.get("caption_variants", 1))
         )
         if not places:
             raise DatasetError(f"{folder} holds a dataset without items: make it again from pictures that can be read")
@@ -98,8 +109,14 @@ class Dataset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each item is called; mirror images say so."""
-        return tuple(f"{place.name} (mirrored)" if place.mirrored else place.name for place in self.places)
+        """What each item is called; mirror images, crops and variants of captions say so."""
+        return tuple(
+            place.name
+            + (f" (crop {place.crop})" if place.crop else "")
+            + (" (mirrored)" if place.mirrored else "")
+            + (f" (caption {place.variant})" if place.variant else "")
+            for place in self.places
+        )
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -121,11 +138,11 @@ class Dataset:
     def split(self, held_out: int, seed: int) -> tuple[list[int], list[int]]:
         """(items to watch, items to learn from): `held_out` pictures of the largest bucket, drawn by `seed`.
 
-        At most a quarter of the bucket is watched. Mirror images are not, and the mirror image of a picture that is
-        watched is not learnt from.
+        At most a quarter of the bucket is watched. Mirror images, crops and other captions are not, and those of a
+        picture that is watched are not learnt from.
         """
         largest = next(iter(self.buckets.values()))
-        candidates = [index for index in largest if not self.places[index].mirrored]
+        candidates = [index for index in largest if self.places[index].plain]
         order = np.random.default_rng(seed).permutation(len(candidates))[: min(held_out, len(candidates) // 4)]
         watched = [candidates[i] for i in order]
         names = {self.places[index].name for index in watched}
@@ -185,8 +202,9 @@ class Dataset:
             with self._opened(file) as shard:
                 for number, place in enumerate(places):
                     if place.file == file:
-                        rows[number] = {key: shard.row(key, place.row) for key in names}
-                        _check_sizes(rows[number], place)
+                        row = {key: shard.row(key, place.row) for key in names}
+                        _check_row(row, place)
+                        rows[number] = {**row, "prompts": row["prompts"].reshape(-1)[place.variant]}
         return [rows[number] for number in range(len(places))]
 
     def _text_embeddings(self, prompts: Sequence[int]) -> list[TextEmbedding]:
@@ -251,11 +269,13 @@ class Dataset:
         return picture.clamp(0, 1)
 
 
-def _check_sizes(row: dict[str, Tensor], place: Place) -> None:
-    """Raise HeaderError where a row is not of the size that the manifest says."""
+def _check_row(row: dict[str, Tensor], place: Place) -> None:
+    """Raise HeaderError where a row is not what the manifest says."""
     (height, width), hint = row["latents"].shape[-2:], row["hints"].shape[-2:]
     if (8 * height, 8 * width) != (place.height, place.width) or hint != (place.height, place.width):
         raise HeaderError(f"row {place.row} is not {place.width}x{place.height}")
+    if row["prompts"].numel() <= place.variant:
+        raise HeaderError(f"row {place.row} has no caption {place.variant}")
 
 
 def _damaged(folder: Path, what: str) -> DatasetError:

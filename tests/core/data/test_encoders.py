@@ -157,7 +157,7 @@ def test_a_file_is_read_and_flags_come_before_it(tmp_path: Path, monkeypatch: py
         (WHOLE.replace("folder", "foldr"), r"x.toml: foldr in \[data\] is not known: did you mean folder in \[data\]"),
         (WHOLE.replace('folder = "f"', ""), r"lacks folder in \[data\]: --defaults prints a whole file"),
         (WHOLE + "resolution = 1.5", r"resolution in \[data\] is 1.5: expected one like 512"),
-        (WHOLE + "resolution = 8", r"resolution in \[data\] is 8: expected 64 or more"),
+        (WHOLE + "resolution = 8", r"resolution in \[data\] is 8: expected 64 to 8192"),
         (WHOLE + "mirror = 1", r"mirror in \[data\] is 1: expected one like False"),
     ],
 )
