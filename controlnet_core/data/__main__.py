@@ -55,7 +55,7 @@ def make(making: Making) -> str:
     # Who cannot have the annotator need not wait for the encoders.
     annotate = None if options.hints == GIVEN else annotator(making)
     found = lab_encoders() if (making.base / "autoencoder.safetensors").is_file() else None
-    found = found or encoders.read(making.base, making.tokenizer)
+    found = found or encoders.read(making.base, making.tokenizer, making.vae)
     started = said = time.monotonic()
     run = caching.make(making.dataset, source.items, found.pictures, found.prompt, annotate, options)
     with locked(making.dataset), closing(run):  # type: ignore[type-var]

@@ -22,6 +22,7 @@ TOP = ("output", "model", "data", "training")
 MODEL: dict[str, tuple[Any, str]] = {
     "base": ("model.safetensors", "a checkpoint of SD1.x, SD2.x or SDXL, a folder as diffusers has it, or lab/weights"),
     "tokenizer": ("", "folder of CLIP's vocab.json and merges.txt, where the checkpoint has none beside it"),
+    "vae": ("", "a VAE in place of the base's own; samples have its colours (name the base itself for its own)"),
 }
 
 DATA: dict[str, tuple[Any, str]] = {
@@ -53,7 +54,10 @@ RANGES = {
     "batch_size": (1, 4096),
 }
 
-PATHS = ("output", "base", "tokenizer", "dataset", "folder", "annotator_weights")
+OF_TRAINING = ("prediction", "control")
+"""Keys of [model] that the training reads alone."""
+
+PATHS = ("output", "base", "tokenizer", "vae", "dataset", "folder", "annotator_weights")
 
 
 class ConfigError(ZeroConvError):
@@ -66,6 +70,7 @@ class Making:
 
     base: Path
     tokenizer: Path | None
+    vae: Path | None
     folder: Path
     dataset: Path
     annotator_weights: Path
@@ -78,7 +83,7 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
     The sections of the training are not looked at. Raises ConfigError.
     """
     # The training's own keys are for its own command to judge.
-    found = load(path, {"": TOP, "model": (*MODEL, "prediction"), "data": tuple(DATA)}, overrides)
+    found = load(path, {"": TOP, "model": (*MODEL, *OF_TRAINING), "data": tuple(DATA)}, overrides)
     given = ("dataset", "folder", "annotator_weights")
     said = {key: found["data"].get(key, default) for key, (default, _) in DATA.items() if key not in given}
     for key, value in said.items():
@@ -89,7 +94,8 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
             raise ConfigError(f"{_file(path)}{place('data', key)} is {said[key]}: expected {least} to {most}")
     return Making(
         base=path_of(path, found, "model", "base"),
-        tokenizer=path_of(path, found, "model", "tokenizer") if found["model"].get("tokenizer") else None,
+        tokenizer=optional_path_of(path, found, "model", "tokenizer"),
+        vae=optional_path_of(path, found, "model", "vae"),
         folder=path_of(path, found, "data", "folder"),
         dataset=path_of(path, found, "data", "dataset"),
         annotator_weights=path_of(path, found, "data", "annotator_weights", DATA["annotator_weights"][0]),
@@ -137,6 +143,11 @@ def path_of(
         raise ConfigError(f"no file was given: --defaults prints one to begin with; without one --{key} must be given")
     said = "lacks" if value is None else "has no path as"
     raise ConfigError(f"{path} {said} {place(section, key)}: --defaults prints a whole file to begin with")
+
+
+def optional_path_of(path: Path | None, found: Mapping[str, Mapping[str, Any]], section: str, key: str) -> Path | None:
+    """`path_of`, None for a key that is left out or empty."""
+    return path_of(path, found, section, key) if found[section].get(key) else None
 
 
 def place(section: str, key: str) -> str:

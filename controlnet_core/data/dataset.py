@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -267,6 +268,10 @@ class Dataset:
         colours = self._colours.to(latents.device)
         picture = torch.einsum("bchw,cd->bdhw", latents.float(), colours[:-1]) + rearrange(colours[-1], "d -> d 1 1")
         return picture.clamp(0, 1)
+
+    def enlarged_preview(self, latents: Tensor) -> Tensor:
+        """`preview` at the size of the pictures, (B,3,8h,8w)."""
+        return F.interpolate(self.preview(latents), scale_factor=8, mode="bicubic").clamp(0, 1)
 
 
 def _check_row(row: dict[str, Tensor], place: Place) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -70,22 +70,24 @@ class TextEncoder:
         return rearrange(states, "pieces t c -> (pieces t) c"), pooled[0]
 
 
-def read(base: Path, tokenizer: Path | None = None) -> Encoders:
+def read(base: Path, tokenizer: Path | None = None, vae: Path | None = None) -> Encoders:
     """The encoders of a checkpoint, or of a folder in diffusers' layout, on CUDA where there is one.
 
     What they give is what ComfyUI's VAE Encode and CLIP Text Encode give, but that parentheses are no weights.
     `tokenizer` is the folder of CLIP's vocabulary, which no checkpoint holds; None is that of the ComfyUI that this
-    pack lies in. Raises EncoderError, and LoadError for a file that cannot be read.
+    pack lies in. `vae` is one to take in place of the base's own (`read_vae`). Raises EncoderError, and LoadError for a
+    file that cannot be read.
     """
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae, scale, texts = _of_folder(base) if base.is_dir() else _of_checkpoint(base, tokenizer or _found_tokenizer())
-    vae = vae.eval().to(place)
+    texts = _of_folder(base) if base.is_dir() else _of_checkpoint(base, tokenizer or _found_tokenizer())
+    network, scale = read_vae(vae or base, xl=len(texts) > 1)
+    network.to(place)
     for text in texts:
         text.model.eval().to(place)
 
     @torch.no_grad()
     def encode_pictures(pictures: Tensor) -> Tensor:
-        return vae.encode(pictures.to(place) * 2 - 1).latent_dist.mode() * scale
+        return network.encode(pictures.to(place) * 2 - 1).latent_dist.mode() * scale
 
     def encode_prompt(prompt: str) -> tuple[Tensor, Tensor | None]:
         contexts, pooled = zip(*(text(prompt) for text in texts))
@@ -94,69 +96,102 @@ def read(base: Path, tokenizer: Path | None = None) -> Encoders:
     return Encoders(encode_pictures, encode_prompt)
 
 
-Parts = tuple[Any, float, Sequence[TextEncoder]]
-"""A VAE, the scale of its latents, and one text encoder, or SDXL's two."""
+def decoder(vae: Path, xl: bool, place: torch.device) -> Callable[[Tensor], Tensor]:
+    """What makes pictures (B,3,8h,8w) in [0,1], on the CPU, of latents (B,4,h,w) as the UNet sees them (`read_vae`).
+
+    The VAE is on the device `place` only while it works.
+    """
+    network, scale = read_vae(vae, xl)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        network.to(place)
+        pictures = network.decode(latents.to(place, torch.float32) / scale).sample
+        network.to("cpu")
+        return (pictures.cpu() / 2 + 0.5).clamp(0, 1)
+
+    return decode
+
+
+def read_vae(path: Path, xl: bool) -> tuple[Any, float]:
+    """diffusers' AutoencoderKL, and what its latents are multiplied by for the UNet; `xl` for SDXL.
+
+    Of a checkpoint, of a VAE's own file in ldm's layout, or of a folder of a model or a VAE in diffusers' layout.
+    """
+    if path.is_dir():
+        vae = _loaded(_library("diffusers").AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path)
+        return vae.eval(), vae.config.scaling_factor
+    if not path.is_file():
+        raise EncoderError(f"{path}: there is no such file: give a checkpoint, or a folder in diffusers' layout")
+    state = unscaled(read_weights(path)[0])
+    own = _part(state, VAE) or dict(state)
+    if not numbered(own, "encoder.down."):
+        raise EncoderError(f"{path.name} holds no VAE: {_GIVE}")
+    scale = SCALE_XL if xl else SCALE
+    try:
+        return _vae(own, scale).eval(), scale
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise _unbuilt(path, error) from error
+
+
+_GIVE = (
+    "give a whole checkpoint, or a folder in diffusers' layout, or make the dataset with the node Make Control Dataset"
+)
+
+
+def _unbuilt(path: Path, error: Exception) -> EncoderError:
+    return EncoderError(f"{path.name}: its encoders cannot be built: {' '.join(str(error).split())[:200]}")
 
 
 # -- a folder in diffusers' layout -------------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path) -> Parts:
+def _of_folder(folder: Path) -> list[TextEncoder]:
     count = sum((folder / name).is_dir() for name in ("text_encoder", "text_encoder_2"))
-    if not count or not (folder / "vae").is_dir():
+    if not count:
         raise EncoderError(
             f"{folder} holds no model: expected a folder in diffusers' layout, with vae/, text_encoder/ and tokenizer/"
         )
-    transformers, diffusers = _library("transformers"), _library("diffusers")
-
-    def loaded(kind: Any, part: str) -> Any:
-        try:
-            return kind.from_pretrained(folder / part, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise EncoderError(f"{folder / part} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    transformers = _library("transformers")
 
     def text(ending: str, kind: Any) -> TextEncoder:
-        model, tokenizer = (
-            loaded(kind, f"text_encoder{ending}"),
-            loaded(transformers.CLIPTokenizer, f"tokenizer{ending}"),
-        )
+        model = _loaded(kind, folder / f"text_encoder{ending}")
+        tokenizer = _loaded(transformers.CLIPTokenizer, folder / f"tokenizer{ending}")
         return TextEncoder(model, tokenizer, tokenizer.pad_token_id, penultimate=count > 1)
 
     kinds = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
-    texts = [text(ending, kind) for ending, kind in list(zip(("", "_2"), kinds))[:count]]
-    vae = loaded(diffusers.AutoencoderKL, "vae")
-    return vae, vae.config.scaling_factor, texts
+    return [text(ending, kind) for ending, kind in list(zip(("", "_2"), kinds))[:count]]
+
+
+def _loaded(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 # -- a checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def _of_checkpoint(path: Path, tokenizer: Path | None) -> Parts:
+def _of_checkpoint(path: Path, tokenizer: Path | None) -> list[TextEncoder]:
     if not path.is_file():
         raise EncoderError(f"{path}: there is no such file: give a checkpoint, or a folder in diffusers' layout")
     state = unscaled(read_weights(path)[0])
     clips, open_clips = ([prefix for prefix in kinds if some(starts=prefix)(state)] for kinds in (CLIP, OPEN_CLIP))
-    if not some(starts=VAE)(state) or not (clips or open_clips):
-        what = "text encoder" if some(starts=VAE)(state) else "VAE"
-        raise EncoderError(
-            f"{path.name} holds no {what}: give a whole checkpoint, or a folder in diffusers' layout, or make the "
-            "dataset with the node Make Control Dataset"
-        )
+    if not (clips or open_clips):
+        raise EncoderError(f"{path.name} holds no text encoder: {_GIVE}")
     if tokenizer is None:
         raise EncoderError(
             "no tokenizer was found: give the folder of CLIP's vocab.json and merges.txt as tokenizer in [model]; "
             "ComfyUI has one in comfy/sd1_tokenizer, models in diffusers' layout in tokenizer/"
         )
     xl = bool(clips and open_clips)
+    words = _loaded(_library("transformers").CLIPTokenizer, tokenizer)
     try:
-        words = _library("transformers").CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
         texts = [TextEncoder(_clip(_part(state, prefix)), words, words.eos_token_id, xl) for prefix in clips]
-        texts += [TextEncoder(_open_clip(_part(state, prefix), xl), words, 0, xl) for prefix in open_clips]
-        scale = SCALE_XL if xl else SCALE
-        return _vae(_part(state, VAE), scale), scale, texts
-    except (KeyError, RuntimeError, OSError, TypeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise EncoderError(f"{path.name}: its encoders cannot be built: {said}") from error
+        return texts + [TextEncoder(_open_clip(_part(state, prefix), xl), words, 0, xl) for prefix in open_clips]
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise _unbuilt(path, error) from error
 
 
 def _part(state: State, prefix: str) -> Weights:

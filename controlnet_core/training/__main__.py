@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any, get_type_hints
 
 import cv2
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ..data.config import MODEL, dashed
 from ..data.dataset import Dataset
+from ..data.encoders import EncoderError, decoder
 from ..data.manifest import DatasetError
 from ..files.base import Base, read_base
 from ..files.loading import LoadError
@@ -42,6 +42,7 @@ EXPECTED = (
     ConfigError,
     DatasetError,
     DistributedError,
+    EncoderError,
     LoadError,
     LockedError,
     LogError,
@@ -87,7 +88,10 @@ def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
     base = read_base(run.base)
     run = _predicting(run, base)
-    watch = Watch(run, dataset) if process.rank == 0 else None
+    decode = dataset.enlarged_preview
+    if run.vae is not None and process.rank == 0:
+        decode = decoder(run.vae, base.unet.config.adm_in_channels is not None, process.device)
+    watch = Watch(run, dataset, decode) if process.rank == 0 else None
     progresses = train(
         run.options, base.unet.state_dict(), base.unet.config, base.alphas, dataset, run.output, process=process
     )
@@ -153,8 +157,8 @@ class Stop:
 class Watch:
     """What the terminal and the run's folder show of a training."""
 
-    def __init__(self, run: Run, dataset: Dataset):
-        self._run, self._dataset = run, dataset
+    def __init__(self, run: Run, dataset: Dataset, decode: Callable[[Tensor], Tensor]):
+        self._run, self._dataset, self._decode = run, dataset, decode
         held, _ = dataset.split(run.options.held_out, run.options.seed)
         self._held = dataset.read(held) if held else None
         self._log: Log | None = None
@@ -186,12 +190,11 @@ class Watch:
             self._log.close()
 
     def _pictures(self, samples: Tensor) -> Any:
-        """Hints above pictures above samples (3h,w,3) uint8, latents by the dataset's own colours."""
+        """Hints above pictures above samples (3h,w,3) uint8."""
         assert self._held is not None
         rows = [self._held.hints.cpu()]
         for latents in (self._held.latents, samples.cpu()):
-            small = self._dataset.preview(latents)
-            rows.append(F.interpolate(small, scale_factor=8, mode="bicubic").clamp(0, 1))
+            rows.append(self._decode(latents))
         sheet = rearrange(torch.stack(rows), "rows b c h w -> (rows h) (b w) c")
         return (sheet * 255).round().byte().numpy()
 
@@ -211,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="the file that describes the run")
     parser.add_argument("--defaults", action="store_true", help="print such a file with all options, and end")
     options = parser.add_argument_group("options, in place of those of the file")
-    for name, meaning in {**PATHS, "base": MODEL["base"][1]}.items():
+    for name, meaning in {**PATHS, **{name: MODEL[name][1] for name in ("base", "vae")}}.items():
         options.add_argument(f"--{name}", type=Path, default=argparse.SUPPRESS, help=meaning, metavar="PATH")
     kinds = get_type_hints(TrainingOptions)
     for field in fields(TrainingOptions):

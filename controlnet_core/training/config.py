@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.config import DATA, MODEL, TOP, ConfigError, line, load, path_of, section
+from ..data.config import DATA, MODEL, TOP, ConfigError, line, load, optional_path_of, path_of, section
 from .options import MEANINGS, TrainingOptions
 
 __all__ = ["OPTIONS", "SECTIONS", "ConfigError", "Run", "defaults", "read"]
@@ -29,7 +29,8 @@ AUTO = "auto"
 class Run:
     """A training as its file describes it: files and folders, and the options.
 
-    Without `prediction_given` what the model predicts is not `options.prediction` but what its file says.
+    Without `prediction_given` what the model predicts is not `options.prediction` but what its file says. `vae` shows
+    samples in true colours.
     """
 
     base: Path
@@ -37,6 +38,7 @@ class Run:
     output: Path
     options: TrainingOptions
     prediction_given: bool = True
+    vae: Path | None = None
 
     def predicting(self, prediction: str) -> Run:
         """This training of a model that predicts this."""
@@ -53,7 +55,8 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Run:
         path_of(path, found, where, key) for where, key in (("model", "base"), ("data", "dataset"), ("", "output"))
     )
     prediction = {key: value for key, value in found["model"].items() if key == "prediction" and value != AUTO}
-    return Run(base, dataset, output, TrainingOptions(**prediction, **found["training"]), bool(prediction))
+    options = TrainingOptions(**prediction, **found["training"])
+    return Run(base, dataset, output, options, bool(prediction), optional_path_of(path, found, "model", "vae"))
 
 
 def defaults() -> str:

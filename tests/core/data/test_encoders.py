@@ -36,12 +36,12 @@ def write_tokenizer(folder: Path) -> int:
     return len(tokens)
 
 
-def write_model(folder: Path, texts: int = 1) -> Path:
+def write_model(folder: Path, texts: int = 1, seed: int = 0) -> Path:
     """A tiny random model as diffusers saves it, without a UNet; SDXL has two `texts`."""
     import diffusers
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for ending, kind in list(zip(("", "_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")))[:texts]:
         count = write_tokenizer(folder / f"tokenizer{ending}")
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}
@@ -100,6 +100,28 @@ def test_a_folder_of_two_text_encoders_gives_sdxls_context(tmp_path: Path):
     assert context.shape == (10, 32) and pooled.shape == (12,)
 
 
+def test_another_vae_takes_the_place_of_the_models_own(tmp_path: Path):
+    write_model(tmp_path / "model")
+    write_model(tmp_path / "other", seed=1)
+    picture = as_tensor(array(1))
+    found = [encoders.read(tmp_path / "model", vae=vae).pictures(picture) for vae in (None, tmp_path / "other" / "vae")]
+    assert torch.equal(found[0], encoders.read(tmp_path / "model").pictures(picture))
+    assert torch.equal(found[1], encoders.read(tmp_path / "other").pictures(picture))
+    assert not torch.equal(*found)
+
+
+def test_a_decoder_makes_pictures_of_what_the_unet_sees(tmp_path: Path):
+    import diffusers
+
+    vae = diffusers.AutoencoderKL.from_pretrained(write_model(tmp_path) / "vae")
+    latents = torch.randn(2, 4, 4, 6)
+    with torch.no_grad():
+        expected = (vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
+    found = encoders.decoder(tmp_path, False, torch.device("cpu"))(latents)
+    assert found.shape == (2, 3, 32, 48)
+    torch.testing.assert_close(found, expected)
+
+
 # -- what cannot be had ------------------------------------------------------------------------------------------------
 
 
@@ -110,8 +132,10 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         encoders.read(tmp_path / "none.safetensors")
     unet = tmp_path / "unet.safetensors"
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, unet)
-    with pytest.raises(encoders.EncoderError, match=r"unet.safetensors holds no VAE: give a whole checkpoint"):
+    with pytest.raises(encoders.EncoderError, match=r"unet.safetensors holds no text encoder: give a whole checkpoint"):
         encoders.read(unet)
+    with pytest.raises(encoders.EncoderError, match=r"unet.safetensors holds no VAE: give a whole checkpoint"):
+        encoders.read_vae(unet, xl=False)
     both = {"first_stage_model.quant_conv.bias": torch.zeros(8), "cond_stage_model.transformer.x": torch.zeros(1)}
     save_file(both, unet)
     with pytest.raises(encoders.EncoderError, match="no tokenizer was found: give the folder of CLIP's vocab.json"):

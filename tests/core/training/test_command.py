@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -269,6 +270,26 @@ def test_what_the_base_predicts_is_read_from_it(
     assert "base.safetensors has zero terminal SNR, where no noise can be told: choose prediction v" in (
         capsys.readouterr().err
     )
+
+
+def test_samples_are_shown_by_a_vae_that_is_given(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    import diffusers
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    file = str(write_config(tmp_path, folder / "data", steps=1, sample_every=1))
+    assert command.main([file, "--vae", str(tmp_path / "vae")]) == 0
+    data = dataset(folder / "data")
+    held = data.read(data.split(2, TrainingOptions().seed)[0])
+    with torch.no_grad():
+        expected = (vae.decode(held.latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as sheet:
+        shown = torch.from_numpy(np.asarray(sheet)[32:64].copy()).float() / 255
+    torch.testing.assert_close(shown, torch.cat(list(expected.movedim(1, -1)), dim=1), rtol=0, atol=0.5 / 255 + 1e-4)
+    assert command.main([file, "--vae", str(tmp_path / "none")]) == 1
+    assert "none: there is no such file: give a checkpoint, or a folder in diffusers' layout" in capsys.readouterr().err
 
 
 def test_no_file_and_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture):
