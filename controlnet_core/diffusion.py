@@ -18,6 +18,12 @@ def alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012
     return (1 - betas).cumprod(0).float()
 
 
+def zero_terminal_snr(alphas: Tensor) -> Tensor:
+    """The schedule `alphas` (T,) moved so that its last timestep holds noise alone (Lin et al., 2023, algorithm 1)."""
+    root = alphas.double().sqrt()
+    return (((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2).float()
+
+
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor) -> Tensor:
     """Noisy latents at `timesteps` (B,): sqrt(a) x + sqrt(1 - a) e."""
     a = alphas[timesteps][:, None, None, None].to(latents)

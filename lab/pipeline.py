@@ -64,9 +64,13 @@ class LabModel:
         return self.text_encoder(torch.tensor([tokenize(prompt) for prompt in prompts], device=self.place))
 
     @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents (B,4,H/8,W/8) as the UNet sees them of pictures (B,3,H,W) in [0,1]."""
+        return self.autoencoder.encode(pictures.to(self.place) * 2 - 1) * LATENT_SCALE
+
     def reconstruct(self, pictures: Tensor) -> Tensor:
         """Pictures (B,3,H,W) in [0,1] through the autoencoder and back: the best that sampling can give."""
-        return self.decode(self.autoencoder.encode(pictures.to(self.place) * 2 - 1) * LATENT_SCALE)
+        return self.decode(self.encode_pictures(pictures))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

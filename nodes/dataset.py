@@ -86,6 +86,39 @@ class MakeControlDataset(io.ComfyNode):
                     optional=True,
                     tooltip="For models whose latents are scaled in a way of their own, such as Playground 2.5.",
                 ),
+                io.Int.Input(
+                    "crops",
+                    default=CachingOptions.crops,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Parts of each picture that are trained on: 1 is its centre; more are slightly enlarged.",
+                ),
+                io.Int.Input(
+                    "caption_variants",
+                    default=CachingOptions.caption_variants,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Forms of each caption: 1 is itself; more shuffle its tags, which commas part.",
+                ),
+                io.Float.Input(
+                    "tag_dropout",
+                    default=CachingOptions.tag_dropout,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Share of the tags that are left out of such a form.",
+                ),
+                io.Int.Input(
+                    "keep_tags",
+                    default=CachingOptions.keep_tags,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Tags that stay in front of such a form.",
+                ),
             ],
             outputs=[ControlDataset.Output(display_name="dataset"), io.String.Output(display_name="report")],
             hidden=[io.Hidden.unique_id],
@@ -112,6 +145,10 @@ class MakeControlDataset(io.ComfyNode):
         images: torch.Tensor | None = None,
         hints: torch.Tensor | None = None,
         model: Any = None,
+        crops: int = CachingOptions.crops,
+        caption_variants: int = CachingOptions.caption_variants,
+        tag_dropout: float = CachingOptions.tag_dropout,
+        keep_tags: int = CachingOptions.keep_tags,
     ) -> io.NodeOutput:
         options = CachingOptions(
             resolution=resolution,
@@ -119,6 +156,10 @@ class MakeControlDataset(io.ComfyNode):
             hints=annotator,
             hint_resolution=0 if annotator == dataset.GIVEN else annotator_resolution,
             batch_size=min(64, max(1, AT_ONCE // resolution**2)),
+            crops=crops,
+            caption_variants=caption_variants,
+            tag_dropout=tag_dropout,
+            keep_tags=keep_tags,
         )
         pictures = dataset.Pictures(folder, images, captions, hints)
         made, report = dataset.make(name, vae, clip, pictures, options, model, cls.hidden.unique_id)

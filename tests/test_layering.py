@@ -96,6 +96,13 @@ def test_the_rules_themselves(file: str, line: str, wrong: list[str]):
     assert wrong_imports(ROOT / file, line) == wrong
 
 
+def test_the_core_looks_beside_itself_in_one_command_alone():
+    """`python -m controlnet_core.data` makes hints by the annotators, and takes the lab's encoders, where they are."""
+    beside = {file.name for file in sources("controlnet_core") if 'import_module(f"...' in file.read_text("utf-8")}
+    assert beside == {"__main__.py"}
+    assert "import_module" not in (ROOT / "controlnet_core" / "training" / "__main__.py").read_text("utf-8")
+
+
 # -- the rooms of the core --------------------------------------------------------------------------------------------
 
 GROUND = {"keys", "diffusion", "errors", "limits"}

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from . import captions
+from .dataset import Dataset
 from .manifest import DatasetError
 from .pictures import Crop, PictureError, bucket, hint_of, read, size_of
 from .sources import Item, Skipped
-from .writer import CachingOptions, EncodePictures, EncodePrompt, Prepared, Writer
+from .writer import CachingOptions, EncodePictures, EncodePrompt, Prepared, View, Writer
+
+log = logging.getLogger(__name__)
 
 Annotate = Callable[[np.ndarray], np.ndarray]
 """A picture (H,W,3) float32 in [0,1] -> its hint, the same; PictureError where it has none."""
@@ -26,6 +33,7 @@ class CachingProgress:
 
     `done` items are cached, `before` of them in earlier runs. `unused` items of earlier runs are not among the items
     now: they are kept on disk and not trained on. `enlarged` pictures of this run were smaller than their bucket.
+    `bytes` is what this run writes at most, known before anything is encoded: hints of one channel take a third.
     """
 
     step: int
@@ -35,6 +43,7 @@ class CachingProgress:
     unused: int
     enlarged: int
     skipped: tuple[Skipped, ...]
+    bytes: int = 0
 
 
 def make(
@@ -51,8 +60,8 @@ def make(
     what is gone from `items` is put aside. Closing the generator keeps what is encoded; of a process that is killed
     one shard is lost at most, and the next run goes on from there. An item that cannot be read is skipped by name.
 
-    Raises DatasetError when the folder was made with other options or encoders, and when no item could be used;
-    SaveError when the disk is full.
+    Raises DatasetError when the folder was made with other options or encoders, when no item could be used, and before
+    anything is encoded when there is no room for it; SaveError when the disk is full.
     """
     if annotate is not None:
         items = [replace(item, hint=None) for item in items]
@@ -63,13 +72,17 @@ def make(
     groups, unreadable = _groups([item for item in items if item.name in new], options.resolution)
     skipped += unreadable
     todo = [item for group in groups for item, _ in group]
-    prompts = writer.unknown(item.prompt for item in todo)
+    texts = {item.name: _forms(item, options) for item in todo}
+    prompts = writer.unknown(prompt for forms in texts.values() for prompt in forms)
     step, enlarged = 0, 0
+    most = _room(folder, writer, groups, len(prompts), options)
+    if todo:
+        log.info("%d pictures to encode, %s at most in %s", len(todo), size_in_words(most), folder)
 
     def progress() -> CachingProgress:
         done = len(before) + writer.added
         return CachingProgress(
-            step, len(prompts) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped)
+            step, len(prompts) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped), most
         )
 
     yield progress()
@@ -82,15 +95,16 @@ def make(
         writer.flush_prompts()
         for group in groups:
             batches = [group[start : start + options.batch_size] for start in range(0, len(group), options.batch_size)]
-            for batch, loaded in _loaded_ahead(_load, batches, options.batch_size):
+            for batch, loaded in _loaded_ahead(partial(_load, count=options.crops), batches, options.batch_size):
                 prepared: list[Prepared] = []
-                for (item, crop), pictures in zip(batch, loaded):
+                for (item, _), parts in zip(batch, loaded):
                     try:
-                        prepared.append(_prepared(item, stamps[item.name], crop, pictures, annotate, options.mirror))
+                        views = _views(parts, annotate, options.mirror)
+                        prepared.append(Prepared(item, stamps[item.name], texts[item.name], views))
                     except PictureError as error:
                         skipped.append(Skipped(item.name, str(error)))
                 skipped += writer.add(prepared)
-                enlarged += sum(each.crop.scale > 1 for each in prepared)
+                enlarged += sum(each.views[0].crop.scale > 1 for each in prepared)
                 step += len(batch)
                 yield progress()
             writer.flush()
@@ -118,6 +132,25 @@ Group = list[tuple[Item, Crop]]
 """Items of one size, with what is taken of each."""
 
 
+def _room(folder: Path, writer: Writer, groups: Sequence[Group], prompts: int, options: CachingOptions) -> int:
+    """The bytes that these items and so many prompts take on disk at most; DatasetError where there is no such room."""
+    each = options.crops * (2 if options.mirror else 1)
+    pixels = sum(crop.size[0] * crop.size[1] for group in groups for _, crop in group) * each
+    rest = pixels // 64 * writer.latent_bytes + prompts * writer.prompt_bytes
+    free = shutil.disk_usage(folder).free
+    if rest + pixels > free:  # even if all hints have one channel
+        raise DatasetError(
+            f"{folder} needs {size_in_words(rest + pixels)} or more for {sum(map(len, groups))} pictures, and its disk "
+            f"has {size_in_words(free)}: choose a lower resolution, or another disk"
+        )
+    return rest + 3 * pixels
+
+
+def size_in_words(count: int) -> str:
+    """A number of bytes, such as 1.5 GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def _groups(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[Skipped]]:
     """The items of each size, and the items that are no pictures."""
     found: dict[tuple[int, int], Group] = defaultdict(list)
@@ -132,14 +165,35 @@ def _groups(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[S
     return [found[size] for size in sorted(found)], skipped
 
 
-Loaded = tuple[np.ndarray, np.ndarray | None] | PictureError
-"""Picture and hint, or why there are none."""
+def _forms(item: Item, options: CachingOptions) -> tuple[str, ...]:
+    return captions.forms(item.prompt, item.name, options.caption_variants, options.tag_dropout, options.keep_tags)
 
 
-def _load(item: Item, crop: Crop) -> Loaded:
+LARGEST_ZOOM = 1.25
+"""By how much a crop other than the centre enlarges its picture at most."""
+
+
+def crops(centre: Crop, name: str, count: int) -> list[Crop]:
+    """`count` parts of a picture: its centre, and others that the picture's name decides."""
+    found = [centre]
+    for number in range(1, count):
+        draw = captions.generator(f"{name}\ncrop {number}")
+        zoom, across, down = draw.uniform(1, LARGEST_ZOOM), *draw.uniform(size=2)
+        found.append(replace(centre, zoom=zoom, at=(across, down)))
+    return found
+
+
+Loaded = list[tuple[Crop, np.ndarray, np.ndarray | None]] | PictureError
+"""Each part of a picture with its hint, or why there are none."""
+
+
+def _load(item: Item, centre: Crop, count: int) -> Loaded:
     try:
-        picture = crop.of(read(item.picture), Image.Resampling.LANCZOS)
-        return picture, None if item.hint is None else hint_of(item.hint, crop)
+        picture = read(item.picture)
+        return [
+            (crop, crop.of(picture, Image.Resampling.LANCZOS), None if item.hint is None else hint_of(item.hint, crop))
+            for crop in crops(centre, item.name, count)
+        ]
     except PictureError as error:
         return error
 
@@ -157,20 +211,57 @@ def _loaded_ahead(
             yield batch, [future.result() for future in coming.pop(0)]
 
 
-def _prepared(item: Item, stamp: str, crop: Crop, loaded: Loaded, annotate: Annotate | None, mirror: bool) -> Prepared:
+def _views(loaded: Loaded, annotate: Annotate | None, mirror: bool) -> tuple[View, ...]:
+    """Every part of a picture, with `mirror` its mirror image after it, each with its hint."""
     if isinstance(loaded, PictureError):
         raise loaded
-    picture, hint = loaded
-    pictures = (picture, picture[:, ::-1]) if mirror else (picture,)
-    if annotate is not None:
-        # Of the mirror image too: a hint that tells left from right is not the mirror image of the hint.
-        return Prepared(item, stamp, crop, pictures, tuple(_annotated(each, annotate) for each in pictures))
-    if hint is None:
-        raise PictureError("it has no hint: choose an annotator, or give one")
-    return Prepared(item, stamp, crop, pictures, (hint, hint[:, ::-1]) if mirror else (hint,))
+    found = []
+    for number, (crop, picture, hint) in enumerate(loaded):
+        for mirrored in (False, True) if mirror else (False,):
+            turned = picture[:, ::-1] if mirrored else picture
+            if annotate is not None:
+                # Of the mirror image too: a hint that tells left from right is not the mirror image of the hint.
+                own = _annotated(turned, annotate)
+            elif hint is None:
+                raise PictureError("it has no hint: choose an annotator, or give one")
+            else:
+                own = hint[:, ::-1] if mirrored else hint
+            found.append(View(crop, number, mirrored, turned, own))
+    return tuple(found)
 
 
 def _annotated(picture: np.ndarray, annotate: Annotate) -> np.ndarray:
     hint = annotate(np.ascontiguousarray(picture, dtype=np.float32) / 255)
     assert hint.shape == picture.shape, f"hint {hint.shape} of picture {picture.shape}"
     return np.rint(hint.clip(0, 1) * 255).astype(np.uint8)
+
+
+SHOWN = 100
+"""Skipped items that a report names."""
+
+
+def report(dataset: Dataset, layout: str, items: Sequence[Item], run: CachingProgress) -> str:
+    """What a run that ended with `run` has made of `items`, which came from `layout`, in lines."""
+    files = [*dataset.manifest.prompts, *dataset.manifest.shards]
+    counts = {size: sum(dataset.places[i].variant == 0 for i in found) for size, found in dataset.buckets.items()}
+    buckets = ", ".join(f"{count} of {width}x{height}" for (height, width), count in counts.items())
+    unused = {skipped.name for skipped in run.skipped}
+    uncaptioned = sum(not item.prompt for item in items if item.name not in unused)
+    lines = [
+        f"dataset {dataset.folder}",
+        f"made of {layout}",
+        f"{run.done} pictures, {run.done - run.before} of them new; items: {buckets}",
+        f"hints: {dataset.manifest.options['hints']}",
+        f"{size_in_words(sum(file.bytes for file in files))}, {len(dataset.prompts) - 1} different prompts",
+    ]
+    if uncaptioned:
+        lines.append(f"{uncaptioned} pictures have no caption: they are trained on with the empty prompt")
+    if run.enlarged:
+        lines.append(f"{run.enlarged} of the new pictures are smaller than their bucket and were enlarged")
+    if run.unused:
+        lines.append(f"{run.unused} pictures of earlier runs are gone or have changed: they are not trained on")
+    if run.skipped:
+        lines += [f"{len(run.skipped)} skipped:", *(f"  {skipped}" for skipped in run.skipped[:SHOWN])]
+    if len(run.skipped) > SHOWN:
+        lines.append(f"  and {len(run.skipped) - SHOWN} more")
+    return "\n".join(lines)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -52,7 +53,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an item lies: row `row` of shard `file`; its pictures have `height` x `width` pixels."""
+    """Where an item lies: row `row` of shard `file`; its pictures have `height` x `width` pixels.
+
+    `crop` and `variant` count from 0, the centre of the picture and its caption as it was written.
+    """
 
     name: str
     mirrored: bool
@@ -60,6 +64,13 @@ class Place:
     row: int
     height: int
     width: int
+    crop: int = 0
+    variant: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the picture itself with its caption, and not a form of them to learn more from."""
+        return not (self.mirrored or self.crop or self.variant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +95,11 @@ class Dataset:
         if wrong:
             raise _damaged(folder, "; ".join(wrong))
         places = tuple(
-            Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width)
+            Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width, entry.crop, variant)
             for shard in manifest.shards
             for row, entry in enumerate(shard.entries)
             if entry.live
+            for variant in range(manifest.options.get("caption_variants", 1))
         )
         if not places:
             raise DatasetError(f"{folder} holds a dataset without items: make it again from pictures that can be read")
@@ -98,8 +110,14 @@ class Dataset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each item is called; mirror images say so."""
-        return tuple(f"{place.name} (mirrored)" if place.mirrored else place.name for place in self.places)
+        """What each item is called; mirror images, crops and variants of captions say so."""
+        return tuple(
+            place.name
+            + (f" (crop {place.crop})" if place.crop else "")
+            + (" (mirrored)" if place.mirrored else "")
+            + (f" (caption {place.variant})" if place.variant else "")
+            for place in self.places
+        )
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -121,11 +139,11 @@ class Dataset:
     def split(self, held_out: int, seed: int) -> tuple[list[int], list[int]]:
         """(items to watch, items to learn from): `held_out` pictures of the largest bucket, drawn by `seed`.
 
-        At most a quarter of the bucket is watched. Mirror images are not, and the mirror image of a picture that is
-        watched is not learnt from.
+        At most a quarter of the bucket is watched. Mirror images, crops and other captions are not, and those of a
+        picture that is watched are not learnt from.
         """
         largest = next(iter(self.buckets.values()))
-        candidates = [index for index in largest if not self.places[index].mirrored]
+        candidates = [index for index in largest if self.places[index].plain]
         order = np.random.default_rng(seed).permutation(len(candidates))[: min(held_out, len(candidates) // 4)]
         watched = [candidates[i] for i in order]
         names = {self.places[index].name for index in watched}
@@ -185,8 +203,9 @@ class Dataset:
             with self._opened(file) as shard:
                 for number, place in enumerate(places):
                     if place.file == file:
-                        rows[number] = {key: shard.row(key, place.row) for key in names}
-                        _check_sizes(rows[number], place)
+                        row = {key: shard.row(key, place.row) for key in names}
+                        _check_row(row, place)
+                        rows[number] = {**row, "prompts": row["prompts"].reshape(-1)[place.variant]}
         return [rows[number] for number in range(len(places))]
 
     def _text_embeddings(self, prompts: Sequence[int]) -> list[TextEmbedding]:
@@ -250,12 +269,18 @@ class Dataset:
         picture = torch.einsum("bchw,cd->bdhw", latents.float(), colours[:-1]) + rearrange(colours[-1], "d -> d 1 1")
         return picture.clamp(0, 1)
 
+    def enlarged_preview(self, latents: Tensor) -> Tensor:
+        """`preview` at the size of the pictures, (B,3,8h,8w)."""
+        return F.interpolate(self.preview(latents), scale_factor=8, mode="bicubic").clamp(0, 1)
 
-def _check_sizes(row: dict[str, Tensor], place: Place) -> None:
-    """Raise HeaderError where a row is not of the size that the manifest says."""
+
+def _check_row(row: dict[str, Tensor], place: Place) -> None:
+    """Raise HeaderError where a row is not what the manifest says."""
     (height, width), hint = row["latents"].shape[-2:], row["hints"].shape[-2:]
     if (8 * height, 8 * width) != (place.height, place.width) or hint != (place.height, place.width):
         raise HeaderError(f"row {place.row} is not {place.width}x{place.height}")
+    if row["prompts"].numel() <= place.variant:
+        raise HeaderError(f"row {place.row} has no caption {place.variant}")
 
 
 def _damaged(folder: Path, what: str) -> DatasetError:
@@ -288,8 +313,9 @@ def stack_contexts(contexts: Sequence[Tensor], empty: Tensor) -> Tensor:
 class Batches:
     """An endless sequence of batches: `batches[k]` are the items of the k-th, whatever was asked before.
 
-    In an epoch, `per_epoch` batches, every one of `items` comes once; the last batch of a bucket is filled up from that
-    bucket's beginning. Batches are of one bucket, and both items and batches are shuffled by `seed` and the epoch.
+    Batches are full and of one bucket. Each bucket is gone through in epochs, in which every one of its `items` comes
+    once; what an epoch leaves over begins the bucket's next batch, so that no picture is drawn more often than others
+    because few have its shape. Items and the batches of an epoch are shuffled by `seed` and the epoch.
     """
 
     def __init__(self, dataset: Dataset, items: Sequence[int], batch_size: int, seed: int):
@@ -301,19 +327,27 @@ class Batches:
         self._buckets = [buckets[size] for size in sorted(buckets)]
         self._batch_size, self._seed = batch_size, seed
         self._shuffled: tuple[int, list[list[int]]] = (-1, [])
-        self.per_epoch = sum(ceil(len(bucket) / batch_size) for bucket in self._buckets)
 
     def __getitem__(self, k: int) -> list[int]:
-        epoch, number = divmod(k, self.per_epoch)
+        # The largest bucket has a batch in `batch_size` epochs at the latest.
+        epoch = bisect_right(range(self._batch_size * (k + 1) + 1), k, key=self._before) - 1
         if self._shuffled[0] != epoch:
             self._shuffled = epoch, self._epoch(epoch)
-        return list(self._shuffled[1][number])
+        return list(self._shuffled[1][k - self._before(epoch)])
+
+    def _before(self, epoch: int) -> int:
+        """How many batches come before an epoch."""
+        return sum(epoch * len(bucket) // self._batch_size for bucket in self._buckets)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        draw = np.random.default_rng([self._seed, epoch])
+        """The batches that become full in an epoch."""
         batches = []
-        for bucket in self._buckets:
-            order = [bucket[i] for i in draw.permutation(len(bucket))]
-            for start in range(0, len(order), self._batch_size):
-                batches.append([order[i % len(order)] for i in range(start, start + self._batch_size)])
-        return [batches[i] for i in draw.permutation(len(batches))]
+        for number, bucket in enumerate(self._buckets):
+            count, size = len(bucket), self._batch_size
+            start, end = (each * count // size * size for each in (epoch, epoch + 1))  # in the bucket's epochs as one
+            first = start // count
+            drawn = [
+                np.random.default_rng([self._seed, number, i]).permutation(bucket) for i in range(first, epoch + 1)
+            ]
+            batches += np.concatenate(drawn)[start - first * count : end - first * count].reshape(-1, size).tolist()
+        return [batches[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(batches))]

@@ -18,6 +18,9 @@ READ = (1, VERSION)
 """The versions that are read: the first had no checksums."""
 
 
+VARIANTS = 1 << 16
+"""Channels of an encoder, and forms of a caption, at most."""
+
 Record = TypeVar("Record", bound=Any)
 
 
@@ -29,13 +32,15 @@ class DatasetError(ZeroConvError):
 class Entry:
     """One row of a shard: the item's name, the stamp of what it was made from, and whether the mirror image of it.
 
-    A row that is not `live` belongs to a picture that is gone or was changed; it stays on disk and is not read.
+    `crop` 0 is the centre of the picture, others are parts drawn from it. A row that is not `live` belongs to a picture
+    that is gone or was changed; it stays on disk and is not read.
     """
 
     name: str
     stamp: str
     mirrored: bool = False
     live: bool = True
+    crop: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,10 @@ def _record(kind: type[Record], found: dict[str, Any]) -> Record:
 
 def _numbers_and_texts(options: dict[str, Any]) -> dict[str, Any]:
     """The options, of which those that are counts are counts."""
-    for name in ("latent_channels", "context_channels", "pooled_channels"):
-        if type(options[name]) is not int or options[name] < 0:
-            raise TypeError(f"{name} is {str(options[name])[:60]!r}")
+    counts = {name: options[name] for name in ("latent_channels", "context_channels", "pooled_channels")}
+    for name, value in {**counts, "caption_variants": options.get("caption_variants", 1)}.items():
+        if type(value) is not int or not 0 <= value <= VARIANTS:
+            raise TypeError(f"{name} is {str(value)[:60]!r}")
     return options
 
 

@@ -69,27 +69,34 @@ def bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Crop:
-    """The centre of a picture of `full` = (width, height), resized to cover a bucket of `size` = (width, height)."""
+    """A part of a picture of `full` = (width, height), resized to cover a bucket of `size` = (width, height).
+
+    The picture becomes `zoom` times as large as it has to be. `at` says which part of what then sticks out is cut off
+    on the left and at the top, 0..1; by default the centre of the picture is left.
+    """
 
     full: tuple[int, int]
     size: tuple[int, int]
+    zoom: float = 1.0
+    at: tuple[float, float] = (0.5, 0.5)
 
     @property
     def scale(self) -> float:
         """By how much the picture grows; above 1 it lacks the detail that the bucket could show."""
-        return max(self.size[0] / self.full[0], self.size[1] / self.full[1])
+        return max(self.size[0] / self.full[0], self.size[1] / self.full[1]) * self.zoom
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """What SDXL is told: height and width of the picture, top and left of the crop once resized, its sides."""
-        left, top = (round((full * self.scale - size) / 2) for full, size in zip(self.full, self.size))
+        left, top = (round((full * self.scale - size) * at) for full, size, at in zip(self.full, self.size, self.at))
         return (self.full[1], self.full[0], top, left, self.size[1], self.size[0])
 
     def of(self, picture: Image.Image, how: Image.Resampling) -> np.ndarray:
         """This part of `picture`, (H,W,3) uint8; a picture of another size is cut at the same place of it."""
         parts = (side / (self.scale * own) for side, own in zip(self.size, self.full))  # of each side, at most 1
         (left, right), (top, bottom) = (
-            ((1 - part) / 2 * side, min((1 + part) / 2 * side, side)) for part, side in zip(parts, picture.size)
+            ((1 - part) * at * side, min(((1 - part) * at + part) * side, side))
+            for part, at, side in zip(parts, self.at, picture.size)
         )
         return np.array(picture.resize(self.size, how, box=(max(0, left), max(0, top), right, bottom)))
 

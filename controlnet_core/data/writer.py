@@ -48,6 +48,8 @@ class CachingOptions:
     `resolution` is the side of the square that a bucket has the area of. `mirror` adds the mirror image of each item.
     `hints` says where hints come from: "given", or an annotator's name, which looked at pictures whose short side was
     `hint_resolution` (0: as they are cached). `batch_size` is how many pictures are encoded at once; it may change.
+    `crops` is how many parts of each picture are taken, the first of them its centre. Of each caption there are
+    `caption_variants`, the first of them itself, the others as `captions.forms` makes them.
     """
 
     resolution: int = 512
@@ -55,20 +57,31 @@ class CachingOptions:
     hints: str = "given"
     hint_resolution: int = 0
     batch_size: int = 8
+    crops: int = 1
+    caption_variants: int = 1
+    tag_dropout: float = 0.1
+    keep_tags: int = 1
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a picture, or its mirror image: `picture` and `hint` (H,W,3) uint8 at the size of the bucket."""
+
+    crop: Crop
+    number: int
+    mirrored: bool
+    picture: np.ndarray
+    hint: np.ndarray
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An item ready to be encoded: its `pictures` and `hints` (H,W,3) uint8 at the size of the bucket.
-
-    One of each, or with the mirror image two.
-    """
+    """An item ready to be encoded: all its views, and the forms of its caption; as many for each item."""
 
     item: Item
     stamp: str
-    crop: Crop
-    pictures: tuple[np.ndarray, ...]
-    hints: tuple[np.ndarray, ...]
+    prompts: tuple[str, ...]
+    views: tuple[View, ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,10 @@ class Row:
 
 
 class Writer:
-    """A dataset that grows: rows are held until they fill a shard, which is written before the manifest names it."""
+    """A dataset that grows: rows are held until they fill a shard, which is written before the manifest names it.
+
+    A latent pixel takes `latent_bytes` on disk, a prompt of the model's own length `prompt_bytes`.
+    """
 
     def __init__(
         self, folder: Path, encode_pictures: EncodePictures, encode_prompt: EncodePrompt, options: CachingOptions
@@ -99,6 +115,13 @@ class Writer:
             "mirror": options.mirror,
             "hints": options.hints,
             "hint_resolution": options.hint_resolution,
+            "crops": options.crops,
+            "caption_variants": options.caption_variants,
+            **(
+                {}
+                if options.caption_variants == 1
+                else {"tag_dropout": options.tag_dropout, "keep_tags": options.keep_tags}
+            ),
             "latent_channels": probe.shape[0],
             "context_channels": context.shape[-1],
             "pooled_channels": 0 if pooled is None else pooled.shape[-1],
@@ -114,6 +137,8 @@ class Writer:
             self._repair()
             self._check_context(context)
         self._moments = np.array(self._manifest.moments)
+        self.latent_bytes = probe.shape[0] * probe.element_size()
+        self.prompt_bytes = 2 * (context.numel() + (0 if pooled is None else pooled.numel()))
         texts = [prompt for file in self._manifest.prompts for prompt in file.prompts] or [""]
         self._numbers = {prompt: number for number, prompt in enumerate(texts)}
 
@@ -121,7 +146,7 @@ class Writer:
 
     def _check(self, fixed: dict[str, Any], probe: Tensor) -> None:
         for name, value in fixed.items():
-            before = self._manifest.options[name]
+            before = self._manifest.options.get(name, getattr(CachingOptions, name, None))  # of an earlier version
             if before != value:
                 raise DatasetError(
                     f"{self._folder} was made with {name.replace('_', ' ')} {before}, found {value}: choose another "
@@ -199,29 +224,31 @@ class Writer:
         """Encode items of one bucket; gives those of which the encoder made no numbers."""
         if not prepared:
             return []
-        encoded = [self._latents(np.stack(pictures)) for pictures in zip(*(each.pictures for each in prepared))]
+        views = zip(*(each.views for each in prepared))
+        encoded = [self._latents(np.stack([view.picture for view in column])) for column in views]
         skipped = []
         for each, latents in zip(prepared, zip(*encoded)):
             if not all(latent.isfinite().all() for latent in latents):
                 skipped.append(Skipped(each.item.name, "the VAE made numbers of it that are not finite"))
                 continue
-            self._rows += [self._row(each, i, latent) for i, latent in enumerate(latents)]
+            self._rows += [self._row(each, view, latent) for view, latent in zip(each.views, latents)]
             self.added += 1
             size = sum(tensor.nbytes for tensor in self._rows[-1].tensors.values())
             if len(self._rows) >= min(SHARD_ITEMS, SHARD_BYTES / size):
                 self.flush()
         return skipped
 
-    def _row(self, prepared: Prepared, i: int, latents: Tensor) -> Row:
-        self._moments += _moments(latents, prepared.pictures[i])
+    def _row(self, prepared: Prepared, view: View, latents: Tensor) -> Row:
+        self._moments += _moments(latents, view.picture)
+        numbers = [self._numbers[prompt] for prompt in prepared.prompts]
         tensors = {
             "latents": latents,
-            "hints": rearrange(torch.from_numpy(prepared.hints[i].copy()), "h w c -> c h w"),
-            "prompts": torch.tensor(self._numbers[prepared.item.prompt]),
+            "hints": rearrange(torch.from_numpy(view.hint.copy()), "h w c -> c h w"),
+            "prompts": torch.tensor(numbers if len(numbers) > 1 else numbers[0]),
         }
         if self._manifest.options["pooled_channels"]:
-            tensors["sizes"] = torch.tensor(prepared.crop.sizes, dtype=torch.int32)
-        return Row(Entry(prepared.item.name, prepared.stamp, i == 1), tensors)
+            tensors["sizes"] = torch.tensor(view.crop.sizes, dtype=torch.int32)
+        return Row(Entry(prepared.item.name, prepared.stamp, view.mirrored, crop=view.number), tensors)
 
     def _latents(self, pictures: np.ndarray) -> Tensor:
         """Of pictures (B,H,W,3) uint8 the latents (B,4,H/8,W/8), fp32 on the CPU."""

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import Any, get_type_hints
 
 import cv2
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..data.config import MODEL, dashed
 from ..data.dataset import Dataset
+from ..data.encoders import EncoderError, decoder
 from ..data.manifest import DatasetError
-from ..diffusion import alphas_cumprod
-from ..files.loading import LoadError, load_unet, read_weights
+from ..files.base import Base, read_base
+from ..files.loading import LoadError
 from ..files.lock import LockedError, locked
 from ..files.saving import SaveError
 from ..networks.controlnet import BaseMismatch
@@ -41,6 +42,7 @@ EXPECTED = (
     ConfigError,
     DatasetError,
     DistributedError,
+    EncoderError,
     LoadError,
     LockedError,
     LogError,
@@ -50,21 +52,22 @@ EXPECTED = (
 )
 """What is no fault of the program: said in one sentence, without a traceback."""
 
+PATHS = {"output": "folder of the run", "dataset": "folder of a cached dataset"}
+"""What may be named in place of the file's own, relative to the working folder, beside the base."""
+
 PERIOD = 5.0
 """Seconds between lines on the terminal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the arguments say; gives the exit code: 0, 1 after an error, 128 and the signal when it was stopped."""
-    given = vars(_parser().parse_args(arguments))
+    given = vars(_parser().parse_args(dashed(sys.argv[1:] if arguments is None else arguments)))
     if given.pop("defaults"):
         print(config.defaults(), end="")
         return 0
     path: Path | None = given.pop("config")
     rank = int(os.environ.get("RANK", "0"))
     try:
-        if path is None:
-            raise ConfigError("no file was given: --defaults prints one to begin with")
         with joined() as process:
             logging.basicConfig(level=logging.WARNING if process.rank else logging.INFO, format="%(message)s")
             return run(config.read(path, given), process)
@@ -83,12 +86,16 @@ def run(run: Run, process: Process) -> int:
 
 def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
-    unet = load_unet(*_read(run.base), name=run.base.name)
-    watch = Watch(run, dataset) if process.rank == 0 else None
+    base = read_base(run.base)
+    run = _predicting(run, base)
+    decode = dataset.enlarged_preview
+    if run.vae is not None and process.rank == 0:
+        decode = decoder(run.vae, base.unet.config.adm_in_channels is not None, process.device)
+    watch = Watch(run, dataset, decode) if process.rank == 0 else None
     progresses = train(
-        run.options, unet.state_dict(), unet.config, alphas_cumprod(), dataset, run.output, process=process
+        run.options, base.unet.state_dict(), base.unet.config, base.alphas, dataset, run.output, process=process
     )
-    del unet  # the training lets go of it, too, once it has its own
+    del base  # the training lets go of it, too, once it has its own
     # Closing the training writes a checkpoint, also when the watch finds no room for what it writes.
     with Stop(alone=process.world == 1) as stop, closing(progresses), closing(watch) if watch else nullcontext():
         for progress in progresses:
@@ -106,10 +113,14 @@ def _run(run: Run, process: Process) -> int:
     return 0
 
 
-def _read(base: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not base.is_file():
-        raise LoadError(f"{base}: there is no such file: give the path of the base model's weights")
-    return read_weights(base)
+def _predicting(run: Run, base: Base) -> Run:
+    """The run with what its base predicts, unless the run says that itself; raises ConfigError where it cannot be."""
+    said = run if run.prediction_given else run.predicting(base.prediction)
+    if not run.prediction_given:
+        logging.getLogger(__name__).info("%s predicts %s: %s", run.base.name, base.prediction, base.why)
+    if base.alphas[-1] == 0 and said.options.prediction == "eps":
+        raise ConfigError(f"{run.base.name} has zero terminal SNR, where no noise can be told: choose prediction v")
+    return said
 
 
 def _say(process: Process, text: str) -> None:
@@ -146,8 +157,8 @@ class Stop:
 class Watch:
     """What the terminal and the run's folder show of a training."""
 
-    def __init__(self, run: Run, dataset: Dataset):
-        self._run, self._dataset = run, dataset
+    def __init__(self, run: Run, dataset: Dataset, decode: Callable[[Tensor], Tensor]):
+        self._run, self._dataset, self._decode = run, dataset, decode
         held, _ = dataset.split(run.options.held_out, run.options.seed)
         self._held = dataset.read(held) if held else None
         self._log: Log | None = None
@@ -179,12 +190,11 @@ class Watch:
             self._log.close()
 
     def _pictures(self, samples: Tensor) -> Any:
-        """Hints above pictures above samples (3h,w,3) uint8, latents by the dataset's own colours."""
+        """Hints above pictures above samples (3h,w,3) uint8."""
         assert self._held is not None
         rows = [self._held.hints.cpu()]
         for latents in (self._held.latents, samples.cpu()):
-            small = self._dataset.preview(latents)
-            rows.append(F.interpolate(small, scale_factor=8, mode="bicubic").clamp(0, 1))
+            rows.append(self._decode(latents))
         sheet = rearrange(torch.stack(rows), "rows b c h w -> (rows h) (b w) c")
         return (sheet * 255).round().byte().numpy()
 
@@ -204,6 +214,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="the file that describes the run")
     parser.add_argument("--defaults", action="store_true", help="print such a file with all options, and end")
     options = parser.add_argument_group("options, in place of those of the file")
+    for name, meaning in {**PATHS, **{name: MODEL[name][1] for name in ("base", "vae")}}.items():
+        options.add_argument(f"--{name}", type=Path, default=argparse.SUPPRESS, help=meaning, metavar="PATH")
     kinds = get_type_hints(TrainingOptions)
     for field in fields(TrainingOptions):
         flag, meaning = f"--{field.name.replace('_', '-')}", MEANINGS[field.name].replace("%", "%%")

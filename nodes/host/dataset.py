@@ -19,7 +19,8 @@ from torch import Tensor
 from ...annotators import ANNOTATORS, pipeline
 from ...annotators.images import AnnotatorError, resized, to_bytes, to_picture
 from ...controlnet_core.data import caching, sources
-from ...controlnet_core.data.caching import Annotate, CachingProgress
+from ...controlnet_core.data.caching import Annotate
+from ...controlnet_core.data.config import GIVEN
 from ...controlnet_core.data.dataset import Dataset
 from ...controlnet_core.data.manifest import NAME, DatasetError
 from ...controlnet_core.data.pictures import PictureError
@@ -42,10 +43,6 @@ OWN_PLACES = "control_datasets"
 SDXL_CONTEXT = 2048
 """Channels of SDXL's text embeddings; SD1.x has 768 and SD2.x 1024."""
 
-SHOWN = 100
-"""Skipped items that a report names."""
-
-GIVEN = "given"
 MAKERS = {entry.name: entry for entry in ANNOTATORS if not (entry.reads_mask or entry.reads_pose)}
 """The annotators that need nothing but a picture."""
 
@@ -85,7 +82,7 @@ def make(
             move = move or bar(max(1, progress.steps), node_id)
             move(progress.step, None)
     dataset = Dataset.open(folder)
-    report = _report(dataset, layout, items, replace(progress, skipped=(*skipped, *progress.skipped)))
+    report = caching.report(dataset, layout, items, replace(progress, skipped=(*skipped, *progress.skipped)))
     return dataset, f"{report}\n{time.monotonic() - started:.0f} s"
 
 
@@ -209,34 +206,6 @@ def annotator(name: str, resolution: int, node_id: str | None) -> Annotate:
         return resized(hint, *picture.shape[:2])
 
     return annotate
-
-
-# -- what is said -----------------------------------------------------------------------------------------------------
-
-
-def _report(dataset: Dataset, layout: str, items: Sequence[Item], run: CachingProgress) -> str:
-    files = [*dataset.manifest.prompts, *dataset.manifest.shards]
-    buckets = ", ".join(f"{len(found)} of {width}x{height}" for (height, width), found in dataset.buckets.items())
-    unused = {skipped.name for skipped in run.skipped}
-    uncaptioned = sum(not item.prompt for item in items if item.name not in unused)
-    lines = [
-        f"dataset {dataset.folder}",
-        f"made of {layout}",
-        f"{run.done} pictures, {run.done - run.before} of them new; items: {buckets}",
-        f"hints: {dataset.manifest.options['hints']}",
-        f"{sum(file.bytes for file in files) / 2**20:.1f} MiB, {len(dataset.prompts) - 1} different prompts",
-    ]
-    if uncaptioned:
-        lines.append(f"{uncaptioned} pictures have no caption: they are trained on with the empty prompt")
-    if run.enlarged:
-        lines.append(f"{run.enlarged} of the new pictures are smaller than their bucket and were enlarged")
-    if run.unused:
-        lines.append(f"{run.unused} pictures of earlier runs are gone or have changed: they are not trained on")
-    if run.skipped:
-        lines += [f"{len(run.skipped)} skipped:", *(f"  {skipped}" for skipped in run.skipped[:SHOWN])]
-    if len(run.skipped) > SHOWN:
-        lines.append(f"  and {len(run.skipped) - SHOWN} more")
-    return "\n".join(lines)
 
 
 # -- scenes of the lab ------------------------------------------------------------------------------------------------

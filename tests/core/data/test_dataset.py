@@ -304,26 +304,33 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(folder)
 
 
-def test_every_item_comes_once_in_an_epoch_and_sizes_never_mix(uneven: Dataset):
+def test_every_item_comes_as_often_as_every_other_and_sizes_never_mix(uneven: Dataset):
+    """Nine items in batches of two: four epochs are 18 batches, of which 14 of the seven and 4 of the two."""
     batches = Batches(uneven, range(9), 2, seed=3)
-    assert batches.per_epoch == 4 + 1
-    for epoch in range(4):
-        found = [batches[epoch * 5 + i] for i in range(5)]
-        assert {len(batch) for batch in found} == {2}
-        for batch in found:
-            assert len({uneven.bucket_of(index) for index in batch}) == 1
-        counts = Counter(index for batch in found for index in batch)
-        assert set(counts) == set(range(9))
-        # seven in batches of two: one comes twice, to fill the last batch of its size
-        assert sorted(counts.values()) == [1] * 8 + [2]
+    found = [batches[k] for k in range(18)]
+    assert {len(batch) for batch in found} == {2}
+    for batch in found:
+        assert len({uneven.bucket_of(index) for index in batch}) == 1
+    counts = Counter(index for batch in found for index in batch)
+    assert counts == dict.fromkeys(range(9), 4)
+    assert len({index for batch in found[:4] for index in batch}) == 8  # the first epoch leaves one of the seven over
 
 
-def test_a_bucket_smaller_than_a_batch_is_gone_through_several_times(uneven: Dataset):
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 20])
+def test_no_item_is_drawn_more_often_because_few_have_its_shape(uneven: Dataset, size: int):
+    """At batches of 8 a lone shape came eight times an epoch: now nobody is ahead by more than one batch's worth."""
+    batches = Batches(uneven, [0, 1, 2, 3, 4, 5, 6, 7], size, seed=1)  # of one size seven, of the other one
+    counts = Counter(index for k in range(6 * 8) for index in batches[k])
+    drawn = 6 * 8 * size / 8
+    assert set(counts) == set(range(8))
+    assert all(abs(count - drawn) <= size for count in counts.values())
+
+
+def test_a_bucket_smaller_than_a_batch_fills_one_over_several_epochs(uneven: Dataset):
     batches = Batches(uneven, range(9), 5, seed=3)
-    wide = next(
-        batch for batch in (batches[k] for k in range(batches.per_epoch)) if uneven.bucket_of(batch[0])[0] == 48
-    )
-    assert sorted(Counter(wide).values()) == [2, 3]
+    wide = [batch for batch in (batches[k] for k in range(18)) if uneven.bucket_of(batch[0])[0] == 48]
+    assert len(wide) == 4  # 90 draws are ten epochs: 20 draws of the two
+    assert all(sorted(Counter(batch).values()) == [2, 3] for batch in wide)
 
 
 def test_a_batch_depends_on_its_number_and_the_seed_alone(uneven: Dataset):

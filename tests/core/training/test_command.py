@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from zeroconv.controlnet_core.files import saving
 from zeroconv.controlnet_core.files.loading import read_weights
 from zeroconv.controlnet_core.training import __main__ as command
 from zeroconv.controlnet_core.training import checkpoint, config
@@ -236,6 +239,57 @@ def test_errors_are_one_sentence(
     assert said in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run" / "losses.csv").exists()
+
+
+def test_paths_are_flags_and_underscores_are_dashes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a file at all, and with one whose paths are replaced; flags are relative to the working folder."""
+    write_config(tmp_path, folder / "data")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base", "base.safetensors", "--dataset", str(folder / "data"), "--output", "my_run"]
+    quickly = ["--steps", "2", "--batch_size", "2", "--held_out=2", "--sample_every", "0", "--precision", "fp32"]
+    assert command.main([*flags, *quickly]) == 0
+    assert json.loads((tmp_path / "my_run" / "options.json").read_text())["batch_size"] == 2
+    assert command.main([str(tmp_path / "config.toml"), "--output", "other", "--steps", "2"]) == 0
+    assert (tmp_path / "other" / "control.safetensors").is_file() and not (tmp_path / "run").exists()
+
+
+def test_what_the_base_predicts_is_read_from_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    """Unless the file says it; and zero terminal SNR leaves no noise to tell."""
+    file = write_config(tmp_path, folder / "data", steps=1)
+    weights, metadata = read_weights(tmp_path / "base.safetensors")
+    marks = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
+    saving.write(tmp_path / "base.safetensors", {**weights, **marks}, metadata)
+    options = tmp_path / "run" / "options.json"
+    with caplog.at_level("INFO"):
+        assert command.main([str(file)]) == 0
+    assert "base.safetensors predicts v: its key v_pred, and ztsnr: zero terminal SNR" in caplog.text
+    assert json.loads(options.read_text())["prediction"] == "v"
+    assert command.main([str(file), "--prediction", "eps"]) == 1
+    assert "base.safetensors has zero terminal SNR, where no noise can be told: choose prediction v" in (
+        capsys.readouterr().err
+    )
+
+
+def test_samples_are_shown_by_a_vae_that_is_given(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    import diffusers
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    file = str(write_config(tmp_path, folder / "data", steps=1, sample_every=1))
+    assert command.main([file, "--vae", str(tmp_path / "vae")]) == 0
+    data = dataset(folder / "data")
+    held = data.read(data.split(2, TrainingOptions().seed)[0])
+    with torch.no_grad():
+        expected = (vae.decode(held.latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as sheet:
+        shown = torch.from_numpy(np.asarray(sheet)[32:64].copy()).float() / 255
+    torch.testing.assert_close(shown, torch.cat(list(expected.movedim(1, -1)), dim=1), rtol=0, atol=0.5 / 255 + 1e-4)
+    assert command.main([file, "--vae", str(tmp_path / "none")]) == 1
+    assert "none: there is no such file: give a checkpoint, or a folder in diffusers' layout" in capsys.readouterr().err
 
 
 def test_no_file_and_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture):
