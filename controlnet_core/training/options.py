@@ -17,7 +17,7 @@ KINDS = ("controlnet", "control_lora", "lite")
 PREDICTIONS = ("eps", "v")
 TIMESTEPS = ("uniform", "cubic")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -35,7 +35,8 @@ class TrainingOptions:
     `decoder_learning_rate`. `empty_prompts` is the share of prompts that become the empty one. `min_snr` is the gamma
     of min-SNR weighting (Hang et al., 2023), `ema` the decay of the average of the weights; 0 turns either off.
     `warmup` is in steps, `clip` the largest norm of a step's gradient. Every `sample_every` steps `held_out` pictures
-    that are never trained on are sampled and scored; 0 turns that off.
+    that are never trained on are sampled and scored; 0 turns that off. Timesteps are drawn from
+    `min_timestep <= t < max_timestep`. `huber` is the c of the pseudo-Huber loss, 0 for squares.
     """
 
     steps: int = 10_000
@@ -73,6 +74,12 @@ class TrainingOptions:
     sample_steps: int = 20
     guidance_scale: float = 5.0
 
+    huber: float = 0.0
+    offset_noise: float = 0.0
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    zero_terminal_snr: bool = False
+
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
         for field in fields(self):
@@ -92,6 +99,11 @@ class TrainingOptions:
             raise OptionsError("unlock_decoder goes with kind controlnet or control_lora: choose one of them")
         if self.middle_only and self.unlock_decoder:
             raise OptionsError("middle_only is for little compute, unlock_decoder for much: choose one of the two")
+        if self.min_timestep >= self.max_timestep:
+            raise OptionsError(
+                f"min_timestep is {self.min_timestep} and max_timestep {self.max_timestep}: expected a smaller one and "
+                "a larger one, 0 and 1000 for all timesteps"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +123,7 @@ MEANINGS = {
     "steps": "optimizer steps in all; more of them later go on where the run stopped",
     "batch_size": "examples of one forward pass, over all processes together",
     "accumulation": "passes of one step: a step sees batch_size * accumulation examples",
-    "learning_rate": "AdamW's learning rate for the control",
+    "learning_rate": "the optimizer's learning rate for the control",
     "seed": "everything random follows from it: order of the data, noise, timesteps, held-out pictures",
     "kind": "what is trained: the full copy (controlnet), a Control-LoRA (control_lora: little memory), or the paper's "
     "ControlNet-lite (lite)",
@@ -128,8 +140,9 @@ MEANINGS = {
     "precision": "what the networks compute in: bf16, fp16 or fp32; trained weights are fp32 in any case",
     "gradient_checkpointing": "compute activations twice instead of keeping them: less memory, a third slower",
     "clip": "largest norm of a step's gradient; 0 is off",
-    "optimizer": "adamw, or adamw8bit (a quarter of its memory; needs bitsandbytes)",
-    "weight_decay": "AdamW's weight decay",
+    "optimizer": "adamw, adamw8bit (a quarter of its memory; needs bitsandbytes), adafactor (hardly any), lion (half; "
+    "needs lion-pytorch) or prodigy (finds its step by itself: learning_rate 1; needs prodigyopt)",
+    "weight_decay": "the optimizer's weight decay",
     "schedule": "the learning rate over the steps: constant, cosine or linear",
     "warmup": "steps in which the learning rate rises from 0",
     "ema": "decay of the running average of the weights that is saved in the end, such as 0.999; 0 is off",
@@ -139,6 +152,12 @@ MEANINGS = {
     "held_out": "pictures that are never trained on, only sampled and scored",
     "sample_steps": "sampling steps of such a sample",
     "guidance_scale": "guidance scale of such a sample",
+    "huber": "c of the pseudo-Huber loss, such as 0.1: errors larger than it count less than their square; 0 is off",
+    "offset_noise": "how much the noise of a whole channel is shifted, such as 0.05, for darker and brighter pictures; "
+    "0 is off",
+    "min_timestep": "first timestep that is trained on, of 0 (no noise) to 999 (noise alone)",
+    "max_timestep": "the timestep that training ends before; 1000 is all",
+    "zero_terminal_snr": "rescale the noise schedule so that the last timestep is noise alone; for prediction v",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 
@@ -201,4 +220,8 @@ RANGES = {
     "held_out": (0, BATCH),
     "sample_steps": (1, 1000),
     "guidance_scale": (0, _MANY),
+    "huber": (0, _MANY),
+    "offset_noise": (0, 1),
+    "min_timestep": (0, 999),
+    "max_timestep": (1, 1000),
 }
