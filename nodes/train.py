@@ -26,6 +26,7 @@ SELDOM = (
     *("empty_prompts", "timesteps", "min_snr", "clip", "optimizer", "weight_decay", "ema", "keep"),
     *("sample_steps", "guidance_scale"),
     *("huber", "offset_noise", "min_timestep", "max_timestep", "zero_terminal_snr"),
+    *("fit_memory", "recompute", "optimizer_in_ram", "base_weights", "control_weights"),
 )
 """Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
 

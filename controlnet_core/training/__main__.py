@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -33,6 +33,7 @@ from .config import ConfigError, Run
 from .distributed import DistributedError, Process, joined
 from .log import Log, LogError
 from .loop import Progress, TrainingStopped, train
+from .memory import Examples, fitted
 from .options import MEANINGS, OptionsError, TrainingOptions
 from .plot import plot
 
@@ -84,6 +85,10 @@ def run(run: Run, process: Process) -> int:
 def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
     unet = load_unet(*_read(run.base), name=run.base.name)
+    options, said = fitted(run.options, unet.config, Examples.of(dataset), process)
+    run = replace(run, options=options)
+    if said:
+        _say(process, said)
     watch = Watch(run, dataset) if process.rank == 0 else None
     progresses = train(
         run.options, unet.state_dict(), unet.config, alphas_cumprod(), dataset, run.output, process=process

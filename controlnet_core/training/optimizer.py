@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .options import OptionsError, TrainingOptions
+from .parts import InParts
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,13 @@ def make(options: TrainingOptions, control: nn.Module, decoder: nn.Module) -> to
         for module, rate in ((control, options.learning_rate), (decoder, options.decoder_learning_rate))
     ]
     groups = [group for group in groups if group["params"]]
-    if options.optimizer in LIBRARIES:
-        return _of_library(options, groups)
+    made = _of_library(options, groups) if options.optimizer in LIBRARIES else _adamw(options, groups)
+    if options.optimizer_in_ram or options.control_weights == "bf16":
+        return InParts(made, options.optimizer_in_ram, options.seed)
+    return made
+
+
+def _adamw(options: TrainingOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
         return torch.optim.AdamW([dict(group) for group in groups], weight_decay=options.weight_decay, fused=True)
     except RuntimeError:  # this torch has no fused AdamW for this device
@@ -100,4 +106,4 @@ def average(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay
     decay = min(decay, step / (step + 10))
     for name, kept in averages.items():
         weight = weights[name]
-        kept.lerp_(weight, 1 - decay) if kept.is_floating_point() else kept.copy_(weight)
+        kept.lerp_(weight.to(kept.dtype), 1 - decay) if kept.is_floating_point() else kept.copy_(weight)

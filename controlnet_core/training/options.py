@@ -19,6 +19,10 @@ TIMESTEPS = ("uniform", "cubic")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion")
 SCHEDULES = ("constant", "cosine", "linear")
+FIT_MEMORY = ("auto", "propose", "off")
+RECOMPUTE = ("auto", "on", "off")
+BASE_WEIGHTS = ("precision", "fp8")
+CONTROL_WEIGHTS = ("fp32", "bf16")
 
 
 class OptionsError(ZeroConvError):
@@ -80,6 +84,12 @@ class TrainingOptions:
     max_timestep: int = 1000
     zero_terminal_snr: bool = False
 
+    fit_memory: str = "auto"
+    recompute: str = "auto"
+    optimizer_in_ram: bool = False
+    base_weights: str = "precision"
+    control_weights: str = "fp32"
+
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
         for field in fields(self):
@@ -99,11 +109,25 @@ class TrainingOptions:
             raise OptionsError("unlock_decoder goes with kind controlnet or control_lora: choose one of them")
         if self.middle_only and self.unlock_decoder:
             raise OptionsError("middle_only is for little compute, unlock_decoder for much: choose one of the two")
+        if self.base_weights == "fp8" and self.unlock_decoder:
+            raise OptionsError("base_weights fp8 are locked, and unlock_decoder trains some: choose one of the two")
+        if self.control_weights == "bf16" and self.precision != "bf16":
+            raise OptionsError(f"control_weights bf16 go with precision bf16, found {self.precision}: choose that")
+        if self.optimizer == "prodigy" and (self.optimizer_in_ram or self.control_weights == "bf16"):
+            raise OptionsError(
+                "prodigy needs all weights at once in fp32: choose another optimizer, or optimizer_in_ram off and "
+                "control_weights fp32"
+            )
         if self.min_timestep >= self.max_timestep:
             raise OptionsError(
                 f"min_timestep is {self.min_timestep} and max_timestep {self.max_timestep}: expected a smaller one and "
                 "a larger one, 0 and 1000 for all timesteps"
             )
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """The dtype of the weights that are trained."""
+        return torch.bfloat16 if self.control_weights == "bf16" else torch.float32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +161,7 @@ MEANINGS = {
     "empty_prompts": "share of the prompts that are left out in training, so that the hint is read and not the prompt",
     "timesteps": "how timesteps are drawn: uniform, or cubic (more of the noisy ones, where the layout is decided)",
     "min_snr": "gamma of min-SNR loss weighting, usually 5; 0 is off",
-    "precision": "what the networks compute in: bf16, fp16 or fp32; trained weights are fp32 in any case",
+    "precision": "what the networks compute in: bf16, fp16 or fp32; trained weights are fp32 if nothing else is said",
     "gradient_checkpointing": "compute activations twice instead of keeping them: less memory, a third slower",
     "clip": "largest norm of a step's gradient; 0 is off",
     "optimizer": "adamw, adamw8bit (a quarter of its memory; needs bitsandbytes), adafactor (hardly any), lion (half; "
@@ -158,6 +182,15 @@ MEANINGS = {
     "min_timestep": "first timestep that is trained on, of 0 (no noise) to 999 (noise alone)",
     "max_timestep": "the timestep that training ends before; 1000 is all",
     "zero_terminal_snr": "rescale the noise schedule so that the last timestep is noise alone; for prediction v",
+    "fit_memory": "count before training whether it fits into the GPU's memory, and where it does not, change these "
+    "options so that it does (auto), or say which ones (propose); off: do not count",
+    "recompute": "compute norms and activations twice instead of keeping them: on, off, or auto: off on a GPU where "
+    "everything fits",
+    "optimizer_in_ram": "keep the optimizer's state in main memory and bring it to the GPU part by part: the same "
+    "numbers, a slower step",
+    "base_weights": "what the locked model's weights lie in: as precision says, or fp8 (half of that)",
+    "control_weights": "what the trained weights lie in: fp32, or bf16 (half of it; steps are rounded at random, so "
+    "that small ones are not lost)",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 
@@ -198,6 +231,10 @@ CHOICES = {
     "precision": tuple(PRECISIONS),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "fit_memory": FIT_MEMORY,
+    "recompute": RECOMPUTE,
+    "base_weights": BASE_WEIGHTS,
+    "control_weights": CONTROL_WEIGHTS,
 }
 _MANY = float("inf")
 RANGES = {

@@ -36,7 +36,7 @@ class TrainingState:
     averages: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()} if self.decay else {}
+        self.averages = {name: _copy(weight) for name, weight in self.weights.items()} if self.decay else {}
 
     def clip_gradients(self, largest: float) -> Tensor:
         """Scale the gradients down to a norm of `largest` over all of them, 0 for no limit; gives the norm before."""
@@ -84,6 +84,11 @@ class TrainingState:
             group.update(numbers)
         if saved.facts["scaler"]:
             self.scaler.load_state_dict(saved.facts["scaler"])
+
+
+def _copy(weight: Tensor) -> Tensor:
+    """A copy that an average can be kept in: bf16, in which small moves are lost, becomes fp32."""
+    return weight.detach().to(torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype, copy=True)
 
 
 @torch.no_grad()
