@@ -25,6 +25,8 @@ SELDOM = (
     *("rank", "connections", "hint_encoder", "middle_only", "unlock_decoder", "decoder_learning_rate"),
     *("empty_prompts", "timesteps", "min_snr", "clip", "optimizer", "weight_decay", "ema", "keep"),
     *("sample_steps", "guidance_scale"),
+    *("huber", "offset_noise", "min_timestep", "max_timestep", "zero_terminal_snr"),
+    *("fit_memory", "recompute", "optimizer_in_ram", "base_weights", "control_weights"),
 )
 """Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
 
@@ -35,6 +37,8 @@ STEPS = {
     "ema": 1e-5,
     "empty_prompts": 0.01,
     "min_snr": 0.5,
+    "huber": 0.01,
+    "offset_noise": 0.01,
     "clip": 0.1,
     "guidance_scale": 0.5,
 }

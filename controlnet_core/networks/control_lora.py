@@ -161,8 +161,10 @@ class ControlLora(ControlNet):
         }
         own = [f"{name}.{part}.weight" for name in ranks for part in ("up", "down")]
         control = cls(config, ranks, own, hint_channels, hint_encoder, dtype=dtype, device="meta")
-        control = control.to_empty(device=device)
         for module in control.modules():
+            # By hand, not by to_empty: tensors without numbers, on which memory is counted, are not to be swapped.
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(p, device=device)))
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.reset_parameters()
         # A hint encoder as it begins: the paper's has Gaussian weights.

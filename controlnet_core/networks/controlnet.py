@@ -100,6 +100,7 @@ class ControlBranch(nn.Module):
 
     kind: str
     config: UNetConfig
+    recomputing = True
 
     def _connect(
         self, config: UNetConfig, hint_channels: int, hint_encoder: str, *, operations: Any = nn, **place: Any
@@ -145,7 +146,7 @@ class ControlBranch(nn.Module):
         first, *rest = self.input_hint_block
         h = first(hint)
         for activation, convolution in zip(rest[::2], rest[1::2], strict=True):
-            h = recomputed((activation, convolution), h)
+            h = recomputed((activation, convolution), h, self.recomputing)
         return h
 
     def _collect(

@@ -45,7 +45,12 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block with a timestep shift: (B, channels, H, W), (B, emb_channels) -> (B, out_channels, H, W)."""
+    """Residual block with a timestep shift: (B, channels, H, W), (B, emb_channels) -> (B, out_channels, H, W).
+
+    `recomputing` keeps less of it for the backward pass, as `recomputed` says; so it is in every layer that has it.
+    """
+
+    recomputing = True
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, *, operations: Any = nn, **place: Any):
         super().__init__()
@@ -66,8 +71,8 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = add(recomputed(self.in_layers, x), self.emb_layers(emb)[:, :, None, None])
-        return add(self.skip_connection(x), recomputed(self.out_layers, h))
+        h = add(recomputed(self.in_layers, x, self.recomputing), self.emb_layers(emb)[:, :, None, None])
+        return add(self.skip_connection(x), recomputed(self.out_layers, h, self.recomputing))
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, precision: torch.dtype | None) -> Tensor:  # noqa: ARG001
@@ -127,6 +132,8 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU to four times the width and back."""
 
+    recomputing = True
+
     def __init__(self, dim: int, *, operations: Any = nn, **place: Any):
         super().__init__()
         self.net = nn.Sequential(
@@ -136,7 +143,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self.net, x)
+        return recomputed(self.net, x, self.recomputing)
 
 
 class TransformerBlock(nn.Module):

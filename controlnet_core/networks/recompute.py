@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from . import fp8
 
-def recomputed(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+
+def recomputed(layers: Iterable[nn.Module], x: Tensor, wanted: bool = True) -> Tensor:
     """What `layers` make of x one after the other, with the very gradients that torch would give, keeping x alone.
 
     The last one is costly and is not computed twice: a convolution or a linear layer. The others (norms, activations,
-    gates) are computed again when gradients are asked for. Where there is nothing to gain, in sampling, or where the
-    last layer is of another kind (a host's own, which moves or patches its weight as it runs), they run as they are.
+    gates) are computed again when gradients are asked for. Where it is not `wanted`, where there is nothing to gain, in
+    sampling, or where the last layer is of another kind (a host's own, which moves or patches its weight as it runs),
+    they run as they are.
     """
     *cheap, last = layers
-    if torch.is_grad_enabled() and type(last) in (nn.Conv2d, nn.Linear):
+    if wanted and torch.is_grad_enabled() and type(last) in (nn.Conv2d, nn.Linear, fp8.Conv2d, fp8.Linear):
         own = [parameter for layer in (*cheap, last) for parameter in layer.parameters()]
         return _Recomputed.apply(cheap, last, x, *own)  # type: ignore[return-value]
     return last(_run(cheap, x))
@@ -62,7 +65,7 @@ class _Recomputed(Function):
             between = _run(ctx.cheap, x)
 
         # Under autocast the last layer computed in the dtype of what it gave, not in that of its weight.
-        weight, given = last.weight.to(gradient.dtype), between.detach().to(gradient.dtype)
+        weight, given = fp8.weight_of(last, gradient.dtype), between.detach().to(gradient.dtype)
         trained = last.weight.requires_grad, last.bias is not None and last.bias.requires_grad
         backward = _convolution if isinstance(last, nn.Conv2d) else _linear
         of_given, *of_last = backward(last, gradient, given, weight, trained)

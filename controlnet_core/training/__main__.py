@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -34,6 +34,7 @@ from .config import ConfigError, Run
 from .distributed import DistributedError, Process, joined
 from .log import Log, LogError
 from .loop import Progress, TrainingStopped, train
+from .memory import Examples, fitted
 from .options import MEANINGS, OptionsError, TrainingOptions
 from .plot import plot
 
@@ -88,6 +89,10 @@ def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
     base = read_base(run.base)
     run = _predicting(run, base)
+    options, said = fitted(run.options, base.unet.config, Examples.of(dataset), process)
+    run = replace(run, options=options)
+    if said:
+        _say(process, said)
     decode = dataset.enlarged_preview
     if run.vae is not None and process.rank == 0:
         decode = decoder(run.vae, base.unet.config.adm_in_channels is not None, process.device)

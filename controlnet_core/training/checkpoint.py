@@ -29,6 +29,7 @@ CHECKSUM = "checksum"
 
 FACTS: dict[str, type | tuple[type, ...]] = {
     "options": dict, "seconds": (int, float), "measured": list, "scaler": dict, "base": str, "data": str, "held": list,
+    "groups": list,
 }  # fmt: skip
 """What kind of value each of a checkpoint's facts is."""
 

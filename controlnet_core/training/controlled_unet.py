@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..files import saving
 from ..keys import State
+from ..networks import fp8
 from ..networks.control_lora import ControlLora
-from ..networks.controlnet import BaseMismatch, ControlNet, connect
-from ..networks.layers import Block
+from ..networks.controlnet import BaseMismatch, ControlBranch, ControlNet, connect
+from ..networks.layers import Block, FeedForward, ResBlock
 from ..networks.lite import ControlNetLite
 from ..networks.residuals import Residuals
 from ..networks.unet import UNet, UNetConfig
@@ -57,7 +58,7 @@ class ControlledUNet(nn.Module):
 
 
 def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int) -> ControlledUNet:
-    """The controlled UNet at step 0, on the CPU, its control in fp32.
+    """The controlled UNet at step 0, on the CPU, its control in fp32 or as `control_weights` says.
 
     `base` holds the whole UNet's weights, ldm keys without prefix. The control begins as the seed says, whatever was
     drawn before. Raises controlnet.BaseMismatch where the weights are not those of `config`.
@@ -76,11 +77,22 @@ def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channe
     if options.middle_only:
         for parameter in control.zero_convs.requires_grad_(False).parameters():
             nn.init.zeros_(parameter)  # whoever applies the control adds them: what is not trained adds nothing
+    for module in control.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(p.detach().to(options.trained_dtype), p.requires_grad))
     controlled = ControlledUNet(unet, control, options)
+    keep_activations(controlled, options)
+    return controlled
+
+
+def keep_activations(controlled: ControlledUNet, options: TrainingOptions) -> None:
+    """Say what `controlled` keeps for its backward pass: all, what is costly (`recompute`), or blocks' inputs alone."""
+    controlled.checkpointing = options.gradient_checkpointing
     for module in controlled.modules():
         if isinstance(module, Block):
             module.checkpointing = options.gradient_checkpointing
-    return controlled
+        if isinstance(module, (ResBlock, FeedForward, ControlBranch)):
+            module.recomputing = options.recompute != "off"
 
 
 def _fresh(
@@ -94,10 +106,14 @@ def _fresh(
 
 
 def _locked(options: TrainingOptions, base: State, config: UNetConfig) -> UNet:
-    """A copy of the base, locked: as a whole in the dtype of the precision, or but for its decoder in fp32."""
+    """A copy of the base, locked: as a whole in the dtype of the precision (or fp8), or but for its decoder in fp32."""
     dtype = torch.float32 if options.unlock_decoder else options.dtype
-    unet = UNet(config, device="meta")
-    unet.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in base.items()}, assign=True)
+    weights = {key: tensor.to(dtype, copy=True) for key, tensor in base.items()}
+    if options.base_weights == "fp8":
+        unet, weights = UNet(config, operations=fp8, device="meta"), fp8.stored(weights)
+    else:
+        unet = UNet(config, device="meta")
+    unet.load_state_dict(weights, assign=True)
     unet.requires_grad_(False)
     unet.output_blocks.requires_grad_(options.unlock_decoder)
     unet.out.requires_grad_(options.unlock_decoder)

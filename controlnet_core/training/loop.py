@@ -95,7 +95,7 @@ def train(
             f"the networks alone do not fit into the memory of {device}. Free what else is there, or choose kind "
             "control_lora."
         ) from error
-    alphas = alphas.to(device)
+    alphas = objective.noise_schedule(options, alphas).to(device)
     held_out = HeldOut(dataset, held, alphas, options, score)
     state = TrainingState(
         {name: p for name, p in controlled.named_parameters() if p.requires_grad},
@@ -171,7 +171,8 @@ def pass_loss(network: nn.Module, inputs: Inputs, alphas: Tensor, options: Train
     with options.autocast(alphas.device):
         predicted = network(noisy, inputs.timesteps, inputs.context, inputs.hints, inputs.y)
     target = objective.target(options.prediction, inputs.latents, inputs.noise, inputs.timesteps, alphas)
-    return objective.loss(predicted, target, objective.weights(options, inputs.timesteps, alphas))
+    weights = objective.weights(options, inputs.timesteps, alphas)
+    return objective.loss(predicted, target, weights, options.huber)
 
 
 def _gradients_apart(network: nn.Module) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import velocity
-from .options import TrainingOptions
+from .options import OptionsError, TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,29 @@ def draw(options: TrainingOptions, number: int, shape: torch.Size, timesteps: in
     u = torch.rand(shape[0], generator=generator)
     if options.timesteps == "cubic":  # most of them where the layout is decided (TencentARC/T2I-Adapter)
         u = 1 - u**3
-    return Draws(
-        (u * timesteps).long().clamp(max=timesteps - 1),
-        torch.randn(shape, generator=generator),
-        torch.rand(shape[0], generator=generator) < options.empty_prompts,
-    )
+    # The range is told in thousandths of the schedule, whose length is 1000 but for a small world's.
+    first, end = options.min_timestep * timesteps // 1000, options.max_timestep * timesteps // 1000
+    noise = torch.randn(shape, generator=generator)
+    empty_prompts = torch.rand(shape[0], generator=generator) < options.empty_prompts
+    if options.offset_noise:  # drawn last: without it, everything is as it was
+        noise = noise + options.offset_noise * torch.randn(*shape[:2], 1, 1, generator=generator)
+    return Draws((first + u * (end - first)).long().clamp(max=end - 1), noise, empty_prompts)
+
+
+def noise_schedule(options: TrainingOptions, alphas: Tensor) -> Tensor:
+    """The signal power (T,) that is trained with: `alphas`, or with `zero_terminal_snr` rescaled to end at 0.
+
+    The square roots are shifted to 0 at the end and stretched so that the first stays as it is (Lin et al., 2023,
+    algorithm 1). Raises OptionsError for prediction eps, which says nothing where there is noise alone.
+    """
+    if not options.zero_terminal_snr:
+        return alphas
+    if options.prediction != "v":
+        raise OptionsError(
+            "zero_terminal_snr goes with a model of prediction v, found eps: turn it off, or choose such a model"
+        )
+    roots = alphas.double().sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().to(alphas)
 
 
 def target(prediction: str, latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor) -> Tensor:
@@ -58,6 +76,13 @@ def weights(options: TrainingOptions, timesteps: Tensor, alphas: Tensor) -> Tens
     return snr.clamp(max=options.min_snr) / (snr if options.prediction == "eps" else snr + 1).clamp(min=1e-8)
 
 
-def loss(predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
-    """The mean over the batch of each example's weighted mean squared error, in fp32."""
-    return ((predicted.float() - wanted.float()).square().mean((1, 2, 3)) * weight).mean()
+def loss(predicted: Tensor, wanted: Tensor, weight: Tensor, huber: float = 0.0) -> Tensor:
+    """The mean over the batch of each example's weighted mean squared error, in fp32.
+
+    With `huber` c an error d counts as 2c (sqrt(d^2 + c^2) - c) in place of d^2: the same where it is small, and linear
+    where it is large (kohya-ss/sd-scripts, library/train_util.py, conditional_loss, loss_type "huber").
+    """
+    errors = (predicted.float() - wanted.float()).square()
+    if huber:
+        errors = 2 * huber * ((errors + huber**2).sqrt() - huber)
+    return (errors.mean((1, 2, 3)) * weight).mean()

@@ -1,39 +1,91 @@
-"""AdamW as training uses it, the learning rate over the steps, and the average of the weights."""
+"""The optimizers that a training chooses from, the learning rate over the steps, and the average of the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .options import OptionsError, TrainingOptions
+from .parts import InParts
+
+
+@dataclass(frozen=True)
+class Library:
+    """An optimizer of a library that need not be there: its class, what to install, and what it is told."""
+
+    module: str
+    name: str
+    install: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+LIBRARIES = {
+    "adamw8bit": Library("bitsandbytes.optim", "AdamW8bit", "the package bitsandbytes"),
+    # Its steps are the learning rate times the weights' own size, or eps where that is smaller: 1, for a zero
+    # convolution has no size to begin with. Tensor by tensor, for the list of all takes copies of all.
+    "adafactor": Library("torch.optim", "Adafactor", "torch 2.5", {"eps": (None, 1.0), "foreach": False}),
+    "prodigy": Library("prodigyopt", "Prodigy", "the package prodigyopt"),
+    "lion": Library("lion_pytorch", "Lion", "the package lion-pytorch"),
+}
+"""The optimizers beside torch's AdamW, by the option's value."""
 
 
 def make(options: TrainingOptions, control: nn.Module, decoder: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what is to be trained of the control and of the UNet, fused where torch can; 8-bit by bitsandbytes.
+    """The chosen optimizer over what is to be trained of the control and of the UNet; AdamW is fused where torch can.
 
-    Its groups remember their own learning rate as `initial_lr`. Raises OptionsError where bitsandbytes is missing.
+    Its groups remember their own learning rate as `initial_lr`. Raises OptionsError where its library is missing.
     """
     groups = [
         {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate, "initial_lr": rate}
         for module, rate in ((control, options.learning_rate), (decoder, options.decoder_learning_rate))
     ]
     groups = [group for group in groups if group["params"]]
-    if options.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise OptionsError(
-                "optimizer adamw8bit needs the package bitsandbytes, which is not installed: install it, or choose "
-                "adamw"
-            ) from error
-        return AdamW8bit(groups, weight_decay=options.weight_decay)
+    made = _of_library(options, groups) if options.optimizer in LIBRARIES else _adamw(options, groups)
+    if options.optimizer_in_ram or options.control_weights == "bf16":
+        return InParts(made, options.optimizer_in_ram, options.seed)
+    return made
+
+
+def _adamw(options: TrainingOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
         return torch.optim.AdamW([dict(group) for group in groups], weight_decay=options.weight_decay, fused=True)
     except RuntimeError:  # this torch has no fused AdamW for this device
         return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+
+
+def _of_library(options: TrainingOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    name, library = options.optimizer, LIBRARIES[options.optimizer]
+    if name == "prodigy" and len({group["lr"] for group in groups}) > 1:
+        raise OptionsError(
+            f"prodigy finds one step for all weights: expected decoder_learning_rate as learning_rate, "
+            f"{options.learning_rate:g}, found {options.decoder_learning_rate:g}"
+        )
+    try:
+        chosen = getattr(import_module(library.module), library.name)
+    except (ImportError, AttributeError) as error:
+        raise OptionsError(
+            f"optimizer {name} needs {library.install}, which is not installed: install it, or choose adamw"
+        ) from error
+    return chosen(groups, weight_decay=options.weight_decay, **library.settings)
+
+
+def counted(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """The numbers of each group that the optimizer has changed by itself, as prodigy keeps what it has found."""
+    ours = ("lr", "initial_lr")
+    return [
+        {
+            key: value
+            for key, value in group.items()
+            if type(value) in (int, float) and key not in ours and value != optimizer.defaults.get(key)
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 def factor(options: TrainingOptions, step: int) -> float:
@@ -54,4 +106,4 @@ def average(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay
     decay = min(decay, step / (step + 10))
     for name, kept in averages.items():
         weight = weights[name]
-        kept.lerp_(weight, 1 - decay) if kept.is_floating_point() else kept.copy_(weight)
+        kept.lerp_(weight.to(kept.dtype), 1 - decay) if kept.is_floating_point() else kept.copy_(weight)

@@ -17,8 +17,12 @@ KINDS = ("controlnet", "control_lora", "lite")
 PREDICTIONS = ("eps", "v")
 TIMESTEPS = ("uniform", "cubic")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion")
 SCHEDULES = ("constant", "cosine", "linear")
+FIT_MEMORY = ("auto", "propose", "off")
+RECOMPUTE = ("auto", "on", "off")
+BASE_WEIGHTS = ("precision", "fp8")
+CONTROL_WEIGHTS = ("fp32", "bf16")
 
 
 class OptionsError(ZeroConvError):
@@ -35,7 +39,8 @@ class TrainingOptions:
     `decoder_learning_rate`. `empty_prompts` is the share of prompts that become the empty one. `min_snr` is the gamma
     of min-SNR weighting (Hang et al., 2023), `ema` the decay of the average of the weights; 0 turns either off.
     `warmup` is in steps, `clip` the largest norm of a step's gradient. Every `sample_every` steps `held_out` pictures
-    that are never trained on are sampled and scored; 0 turns that off.
+    that are never trained on are sampled and scored; 0 turns that off. Timesteps are drawn from
+    `min_timestep <= t < max_timestep`. `huber` is the c of the pseudo-Huber loss, 0 for squares.
     """
 
     steps: int = 10_000
@@ -73,6 +78,18 @@ class TrainingOptions:
     sample_steps: int = 20
     guidance_scale: float = 5.0
 
+    huber: float = 0.0
+    offset_noise: float = 0.0
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    zero_terminal_snr: bool = False
+
+    fit_memory: str = "auto"
+    recompute: str = "auto"
+    optimizer_in_ram: bool = False
+    base_weights: str = "precision"
+    control_weights: str = "fp32"
+
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
         for field in fields(self):
@@ -92,6 +109,25 @@ class TrainingOptions:
             raise OptionsError("unlock_decoder goes with kind controlnet or control_lora: choose one of them")
         if self.middle_only and self.unlock_decoder:
             raise OptionsError("middle_only is for little compute, unlock_decoder for much: choose one of the two")
+        if self.base_weights == "fp8" and self.unlock_decoder:
+            raise OptionsError("base_weights fp8 are locked, and unlock_decoder trains some: choose one of the two")
+        if self.control_weights == "bf16" and self.precision != "bf16":
+            raise OptionsError(f"control_weights bf16 go with precision bf16, found {self.precision}: choose that")
+        if self.optimizer == "prodigy" and (self.optimizer_in_ram or self.control_weights == "bf16"):
+            raise OptionsError(
+                "prodigy needs all weights at once in fp32: choose another optimizer, or optimizer_in_ram off and "
+                "control_weights fp32"
+            )
+        if self.min_timestep >= self.max_timestep:
+            raise OptionsError(
+                f"min_timestep is {self.min_timestep} and max_timestep {self.max_timestep}: expected a smaller one and "
+                "a larger one, 0 and 1000 for all timesteps"
+            )
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """The dtype of the weights that are trained."""
+        return torch.bfloat16 if self.control_weights == "bf16" else torch.float32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +147,7 @@ MEANINGS = {
     "steps": "optimizer steps in all; more of them later go on where the run stopped",
     "batch_size": "examples of one forward pass, over all processes together",
     "accumulation": "passes of one step: a step sees batch_size * accumulation examples",
-    "learning_rate": "AdamW's learning rate for the control",
+    "learning_rate": "the optimizer's learning rate for the control",
     "seed": "everything random follows from it: order of the data, noise, timesteps, held-out pictures",
     "kind": "what is trained: the full copy (controlnet), a Control-LoRA (control_lora: little memory), or the paper's "
     "ControlNet-lite (lite)",
@@ -125,11 +161,12 @@ MEANINGS = {
     "empty_prompts": "share of the prompts that are left out in training, so that the hint is read and not the prompt",
     "timesteps": "how timesteps are drawn: uniform, or cubic (more of the noisy ones, where the layout is decided)",
     "min_snr": "gamma of min-SNR loss weighting, usually 5; 0 is off",
-    "precision": "what the networks compute in: bf16, fp16 or fp32; trained weights are fp32 in any case",
+    "precision": "what the networks compute in: bf16, fp16 or fp32; trained weights are fp32 if nothing else is said",
     "gradient_checkpointing": "compute activations twice instead of keeping them: less memory, a third slower",
     "clip": "largest norm of a step's gradient; 0 is off",
-    "optimizer": "adamw, or adamw8bit (a quarter of its memory; needs bitsandbytes)",
-    "weight_decay": "AdamW's weight decay",
+    "optimizer": "adamw, adamw8bit (a quarter of its memory; needs bitsandbytes), adafactor (hardly any), lion (half; "
+    "needs lion-pytorch) or prodigy (finds its step by itself: learning_rate 1; needs prodigyopt)",
+    "weight_decay": "the optimizer's weight decay",
     "schedule": "the learning rate over the steps: constant, cosine or linear",
     "warmup": "steps in which the learning rate rises from 0",
     "ema": "decay of the running average of the weights that is saved in the end, such as 0.999; 0 is off",
@@ -139,6 +176,21 @@ MEANINGS = {
     "held_out": "pictures that are never trained on, only sampled and scored",
     "sample_steps": "sampling steps of such a sample",
     "guidance_scale": "guidance scale of such a sample",
+    "huber": "c of the pseudo-Huber loss, such as 0.1: errors larger than it count less than their square; 0 is off",
+    "offset_noise": "how much the noise of a whole channel is shifted, such as 0.05, for darker and brighter pictures; "
+    "0 is off",
+    "min_timestep": "first timestep that is trained on, of 0 (no noise) to 999 (noise alone)",
+    "max_timestep": "the timestep that training ends before; 1000 is all",
+    "zero_terminal_snr": "rescale the noise schedule so that the last timestep is noise alone; for prediction v",
+    "fit_memory": "count before training whether it fits into the GPU's memory, and where it does not, change these "
+    "options so that it does (auto), or say which ones (propose); off: do not count",
+    "recompute": "compute norms and activations twice instead of keeping them: on, off, or auto: off on a GPU where "
+    "everything fits",
+    "optimizer_in_ram": "keep the optimizer's state in main memory and bring it to the GPU part by part: the same "
+    "numbers, a slower step",
+    "base_weights": "what the locked model's weights lie in: as precision says, or fp8 (half of that)",
+    "control_weights": "what the trained weights lie in: fp32, or bf16 (half of it; steps are rounded at random, so "
+    "that small ones are not lost)",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 
@@ -179,6 +231,10 @@ CHOICES = {
     "precision": tuple(PRECISIONS),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "fit_memory": FIT_MEMORY,
+    "recompute": RECOMPUTE,
+    "base_weights": BASE_WEIGHTS,
+    "control_weights": CONTROL_WEIGHTS,
 }
 _MANY = float("inf")
 RANGES = {
@@ -201,4 +257,8 @@ RANGES = {
     "held_out": (0, BATCH),
     "sample_steps": (1, 1000),
     "guidance_scale": (0, _MANY),
+    "huber": (0, _MANY),
+    "offset_noise": (0, 1),
+    "min_timestep": (0, 999),
+    "max_timestep": (1, 1000),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..keys import State
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .convergence import sudden_convergence
-from .optimizer import average
+from .optimizer import average, counted
 
 
 @dataclass
@@ -36,7 +36,7 @@ class TrainingState:
     averages: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()} if self.decay else {}
+        self.averages = {name: _copy(weight) for name, weight in self.weights.items()} if self.decay else {}
 
     def clip_gradients(self, largest: float) -> Tensor:
         """Scale the gradients down to a norm of `largest` over all of them, 0 for no limit; gives the norm before."""
@@ -67,6 +67,7 @@ class TrainingState:
         tensors |= {f"optimizer.{key}": tensor for key, tensor in optimizer_tensors(self.optimizer, names).items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.averages.items()}
         own = {"seconds": self.seconds, "measured": list(self.measured), "scaler": self.scaler.state_dict()}
+        own["groups"] = counted(self.optimizer)
         return Checkpoint(self.step, tensors, {**facts, **own})
 
     def restore(self, saved: Checkpoint) -> None:
@@ -79,8 +80,15 @@ class TrainingState:
             _fill(self.averages, {**saved.part("model."), **saved.part("average.")})
         names = {weight: name for name, weight in self.weights.items()}
         restore_optimizer(self.optimizer, saved.part("optimizer."), names)
+        for group, numbers in zip(self.optimizer.param_groups, saved.facts.get("groups", [])):
+            group.update(numbers)
         if saved.facts["scaler"]:
             self.scaler.load_state_dict(saved.facts["scaler"])
+
+
+def _copy(weight: Tensor) -> Tensor:
+    """A copy that an average can be kept in: bf16, in which small moves are lost, becomes fp32."""
+    return weight.detach().to(torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype, copy=True)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.training import checkpoint, loop
 from ...controlnet_core.training.distributed import Process
 from ...controlnet_core.training.fidelity import structure
+from ...controlnet_core.training.memory import Examples, fitted
 from ...controlnet_core.training.options import OptionsError, TrainingOptions
 from . import files
 from .dataset import PLACE, encoders, folder_of
@@ -35,6 +37,8 @@ from .networks import NetworkControl
 from .save import free_path, name_parts, users_folder
 from .watching import FACTS, Decoder, Watch, annotated, newest_plot, newest_sheet, summary
 from .weights import unet_weights
+
+log = logging.getLogger(__name__)
 
 PUBLISHED = "published.json"
 """In a run's folder: which files in the host's folders are this run's."""
@@ -82,10 +86,13 @@ def train(
     score = structure if fidelity == "structure" else annotated(dataset, decoder, node_id)
 
     comfy.model_management.unload_all_models()
+    process = Process(device=comfy.model_management.get_torch_device())
+    options, fits = fitted(options, config, Examples.of(dataset), process)
+    if fits:
+        log.info(fits)
     with locked(folder), torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
-        process = Process(device=comfy.model_management.get_torch_device())
         steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
         del base  # the training lets go of it, too, once it has its own
         if not done:
@@ -97,7 +104,7 @@ def train(
     comfy.model_management.soft_empty_cache()
 
     published = publish(folder / "control.safetensors", users_folder(), parts)
-    says = [summary(folder), f"saved {published}"]
+    says = [*([fits] if fits else []), summary(folder), f"saved {published}"]
     if options.unlock_decoder:
         unet = publish(folder / "unet.safetensors", models_folder(), parts)
         says.append(f"saved {unet}, the model with its trained decoder, for Load Diffusion Model")

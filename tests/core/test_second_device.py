@@ -172,6 +172,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "lite, middle": {"kind": "lite", "middle_only": True},
     "Control-LoRA": {"kind": "control_lora", "rank": 4},
     "bf16": {"precision": "bf16"},
+    "state in main memory": {"optimizer_in_ram": True},
 }
 """fp16 is left out: torch's GradScaler wants float64 of every device but MPS."""
 

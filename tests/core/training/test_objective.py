@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from zeroconv.controlnet_core.diffusion import add_noise, alphas_cumprod, velocity
-from zeroconv.controlnet_core.training.objective import Draws, draw, loss, target, weights
+from zeroconv.controlnet_core.training.objective import Draws, draw, loss, noise_schedule, target, weights
+from zeroconv.controlnet_core.training.options import OptionsError
 
 from .tiny import quick
 
@@ -100,3 +101,92 @@ def test_loss_is_the_mean_of_each_examples_weighted_square():
     found = loss(predicted, wanted, torch.tensor([1.0, 0.5]))
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx((1 * 1 + 0.5 * 9) / 2)
+
+
+def test_min_snr_is_that_of_diffusers():
+    """diffusers/training_utils.py, compute_snr, in the line of examples/text_to_image/train_text_to_image.py."""
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    timesteps = torch.arange(0, 1000, 37)
+    snr = compute_snr(scheduler, timesteps)
+    for prediction, divisor in (("eps", snr), ("v", snr + 1)):
+        expected = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0] / divisor
+        found = weights(quick(min_snr=5.0, prediction=prediction), timesteps, alphas_cumprod())
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
+
+
+def test_v_is_that_of_diffusers():
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    random = torch.Generator().manual_seed(1)
+    latents, noise = torch.randn(3, 4, 3, 3, generator=random), torch.randn(3, 4, 3, 3, generator=random)
+    timesteps = torch.tensor([10, 500, 900])
+    expected = scheduler.get_velocity(latents, noise, timesteps)  # type: ignore[arg-type]
+    torch.testing.assert_close(target("v", latents, noise, timesteps, alphas_cumprod()), expected)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    expected = (1 - rescale_zero_terminal_snr(betas)).cumprod(0)
+    usual = alphas_cumprod()
+    found = noise_schedule(quick(zero_terminal_snr=True, prediction="v"), usual)
+    assert (found[0], found[-1]) == (usual[0], 0)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-7)
+    assert noise_schedule(quick(), usual) is usual
+    with pytest.raises(OptionsError, match="goes with a model of prediction v, found eps: turn it off"):
+        noise_schedule(quick(zero_terminal_snr=True), usual)
+
+
+def test_at_no_signal_v_is_the_latent_and_its_weight_a_number():
+    latents, noise = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    alphas, last = noise_schedule(quick(zero_terminal_snr=True, prediction="v"), alphas_cumprod()), torch.tensor([999])
+    assert torch.equal(add_noise(latents, noise, last, alphas), noise)
+    assert torch.equal(target("v", latents, noise, last, alphas), -latents)
+    assert weights(quick(min_snr=5.0, prediction="v"), last, alphas).tolist() == [0]
+
+
+def test_huber_written_out():
+    predicted, wanted = torch.tensor([0.0, 0.0])[:, None, None, None], torch.tensor([0.3, 40.0])[:, None, None, None]
+    each = [loss(predicted[i : i + 1], wanted[i : i + 1], torch.ones(1), 0.4).item() for i in (0, 1)]
+    assert each == pytest.approx([2 * 0.4 * (0.5 - 0.4), 2 * 0.4 * ((40**2 + 0.4**2) ** 0.5 - 0.4)])
+    # so small an error is its square, whatever c
+    assert loss(predicted[:1], wanted[:1] / 100, torch.ones(1), 0.4).item() == pytest.approx(9e-6, rel=1e-2)
+    weighted = loss(predicted, wanted, torch.tensor([1.0, 0.5]), 0.4).item()
+    assert weighted == pytest.approx((each[0] + 0.5 * each[1]) / 2)
+
+
+def test_huber_is_that_of_kohya():
+    """kohya-ss/sd-scripts, library/train_util.py, conditional_loss: "huber", then the mean of each example."""
+    random = torch.Generator().manual_seed(2)
+    predicted, wanted = torch.randn(3, 4, 5, 5, generator=random), torch.randn(3, 4, 5, 5, generator=random)
+    huber_c = torch.full((3, 1, 1, 1), 0.1)
+    expected = 2 * huber_c * (torch.sqrt((predicted - wanted) ** 2 + huber_c**2) - huber_c)
+    torch.testing.assert_close(loss(predicted, wanted, torch.ones(3), 0.1), expected.mean([1, 2, 3]).mean())
+
+
+def test_offset_noise_shifts_whole_channels_and_nothing_else():
+    """diffusers, examples/text_to_image: noise += noise_offset * torch.randn((B, C, 1, 1))."""
+    plain, shifted = draw(quick(), 3, SHAPE), draw(quick(offset_noise=0.1), 3, SHAPE)
+    assert torch.equal(plain.timesteps, shifted.timesteps)
+    assert torch.equal(plain.empty_prompts, shifted.empty_prompts)
+    offset = shifted.noise - plain.noise
+    torch.testing.assert_close(offset, offset[..., :1, :1].expand(SHAPE), rtol=0, atol=1e-6)
+    many = torch.Size((4000, 4, 1, 1))
+    spread = draw(quick(offset_noise=0.1), 1, many).noise - draw(quick(), 1, many).noise
+    assert spread.std().item() == pytest.approx(0.1, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "cubic"])
+def test_a_range_of_timesteps(kind: str):
+    some = torch.Size((20_000, 1, 1, 1))
+    timesteps = draw(quick(timesteps=kind, min_timestep=200, max_timestep=300), 1, some).timesteps
+    assert timesteps.unique().tolist() == list(range(200, 300))
+    one = draw(quick(min_timestep=999), 1, some).timesteps
+    assert one.unique().tolist() == [999]
+    fewer = draw(quick(min_timestep=200, max_timestep=300), 1, some, timesteps=50).timesteps
+    assert fewer.unique().tolist() == list(range(10, 15))

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import math
 import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from zeroconv.controlnet_core.training.optimizer import average, factor, make
-from zeroconv.controlnet_core.training.options import OptionsError
+from zeroconv.controlnet_core.data.dataset import Dataset
+from zeroconv.controlnet_core.training.optimizer import LIBRARIES, average, counted, factor, make
+from zeroconv.controlnet_core.training.options import OPTIMIZERS, OptionsError
 
-from .tiny import quick
+from . import other_optimizers
+from .tiny import dataset, fit, left_alike, quick, training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return dataset(tmp_path_factory.mktemp("data"))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The optimizer's library, or where it is missing a stand-in for it."""
+    library = LIBRARIES[name]
+    if find_spec(library.module.split(".")[0]) is None:
+        module = ModuleType(library.module)
+        setattr(module, library.name, getattr(other_optimizers, library.name))
+        monkeypatch.setitem(sys.modules, library.module.split(".")[0], module)
+        monkeypatch.setitem(sys.modules, library.module, module)
 
 
 def factors(**options: object) -> list[float]:
@@ -76,6 +96,73 @@ def test_8_bit_without_bitsandbytes_is_answered(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(OptionsError, match="adamw8bit needs the package bitsandbytes, which is not installed"):
         make(quick(optimizer="adamw8bit"), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lion", "lion needs the package lion-pytorch, which is not installed: install it, or choose adamw"),
+        ("prodigy", "prodigy needs the package prodigyopt, which is not installed"),
+        ("adafactor", "adafactor needs torch 2.5, which is not installed"),
+    ],
+)
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, name: str, said: str):
+    monkeypatch.setitem(sys.modules, LIBRARIES[name].module, None)
+    with pytest.raises(OptionsError, match=said):
+        make(quick(optimizer=name), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_each_takes_the_learning_rates_and_the_weight_decay(monkeypatch: pytest.MonkeyPatch, name: str):
+    install(monkeypatch, name)
+    options = quick(optimizer=name, learning_rate=1e-3, decoder_learning_rate=1e-3, weight_decay=0.1)
+    made = make(options, nn.Linear(2, 3), nn.Linear(3, 4))
+    assert type(made).__name__ == LIBRARIES[name].name
+    assert [(group["lr"], group["weight_decay"]) for group in made.param_groups] == [(1e-3, 0.1)] * 2
+    assert set(LIBRARIES) | {"adamw"} == set(OPTIMIZERS)
+
+
+def test_adafactor_moves_what_begins_at_zero_by_the_learning_rate():
+    layer = nn.Linear(4, 4)
+    nn.init.zeros_(layer.weight)
+    made = make(quick(optimizer="adafactor", learning_rate=1e-3), layer, nn.Linear(2, 2).requires_grad_(False))
+    layer.weight.grad = torch.ones(4, 4)
+    made.step()
+    torch.testing.assert_close(layer.weight, torch.full((4, 4), -1e-3))
+
+
+def test_prodigy_has_one_learning_rate(monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch, "prodigy")
+    options = quick(optimizer="prodigy", learning_rate=1.0, unlock_decoder=True)
+    with pytest.raises(OptionsError, match="expected decoder_learning_rate as learning_rate, 1, found 2e-06"):
+        make(options, nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+def test_what_an_optimizer_finds_by_itself_is_counted(monkeypatch: pytest.MonkeyPatch):
+    adam = make(quick(), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    assert counted(adam) == [{}]
+    monkeypatch.setitem(sys.modules, "prodigyopt", other_optimizers)  # type: ignore[arg-type]
+    layer = nn.Linear(2, 2)
+    prodigy = make(quick(optimizer="prodigy"), layer, nn.Linear(2, 2).requires_grad_(False))
+    layer(torch.ones(1, 2)).sum().backward()
+    prodigy.step()
+    assert counted(prodigy) == [{"d": 2**-8 * 1.125, "k": 1, "d_hat": 2**-8 * 1.125 / 3}]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_run_that_is_resumed_is_the_run_that_never_stopped(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    install(monkeypatch, name)
+    options = quick(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-3)
+    whole = fit(options, data, tmp_path / "whole")
+    steps = training(options, data, tmp_path / "run")
+    found = [progress for _, progress in zip(range(3), steps)]
+    steps.close()
+    found += fit(options, data, tmp_path / "run")
+    assert [progress.loss for progress in found] == [progress.loss for progress in whole]
+    assert len({progress.loss for progress in whole}) == 5
+    assert left_alike(tmp_path / "run", tmp_path / "whole")
 
 
 def test_average_written_out():

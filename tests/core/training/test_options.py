@@ -49,6 +49,7 @@ def test_defaults_are_valid_and_frozen():
         ({"precision": "fp8"}, "precision is 'fp8': choose one of fp32, bf16, fp16"),
         ({"kind": "lite", "unlock_decoder": True}, "unlock_decoder goes with kind controlnet or control_lora"),
         ({"middle_only": True, "unlock_decoder": True}, "choose one of the two"),
+        ({"min_timestep": 500, "max_timestep": 500}, "min_timestep is 500 and max_timestep 500: expected a smaller"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], said: str):
