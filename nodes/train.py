@@ -25,6 +25,7 @@ SELDOM = (
     *("rank", "connections", "hint_encoder", "middle_only", "unlock_decoder", "decoder_learning_rate"),
     *("empty_prompts", "timesteps", "min_snr", "clip", "optimizer", "weight_decay", "ema", "keep"),
     *("sample_steps", "guidance_scale"),
+    *("keep_controls", "control_dtype"),
 )
 """Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
 
@@ -50,7 +51,8 @@ class TrainControlNet(io.ComfyNode):
             display_name="Train ControlNet (ZeroConv)",
             category="ZeroConv/training",
             description="Trains a control for a model on a dataset of Make Control Dataset. Cancel keeps everything: "
-            "queue it again and it goes on. The control goes straight into Apply Control, and into a file.",
+            "queue it again and it goes on, or with fewer steps and it gives what there is. The control goes straight "
+            "into Apply Control, and into a file.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its LoRAs. It stays as it is."),
                 io.Clip.Input("clip", tooltip="Checked to be the one that the dataset was made with."),
@@ -72,6 +74,13 @@ class TrainControlNet(io.ComfyNode):
                     "what the dataset's annotator makes of a sample the hint that the sample was made from?",
                 ),
                 OptionsSocket.Input("options", optional=True, tooltip="The rarer options; without it, the usual ones."),
+                io.ControlNet.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="A control to begin with instead of a fresh one: a ControlNet, a Control-LoRA, a "
+                    "ControlNet-lite or a checkpoint of another run, of Load ControlNet. A run that goes on has its "
+                    "own.",
+                ),
             ],
             outputs=[
                 io.ControlNet.Output(display_name="control_net"),
@@ -93,10 +102,11 @@ class TrainControlNet(io.ComfyNode):
         name: str,
         fidelity: str,
         options: dict[str, Any] | None = None,
+        control_net: Any = None,
         **chosen: Any,
     ) -> io.NodeOutput:
         all_of = training.from_dict({**(options or {}), **chosen})
-        trained = train(model, clip, vae, dataset, name, all_of, fidelity, cls.hidden.unique_id)
+        trained = train(model, clip, vae, dataset, name, all_of, fidelity, cls.hidden.unique_id, control_net)
         shown = {**ui.PreviewImage(trained.plot, cls=cls).as_dict(), **ui.PreviewText(trained.says).as_dict()}
         return io.NodeOutput(trained.control, trained.plot, trained.samples, trained.name, ui=shown)
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..data.dataset import Dataset
+from ..data.dataset import Batch, Dataset
 from ..data.manifest import DatasetError
 from ..diffusion import alphas_cumprod
-from ..files.loading import LoadError, load_unet, read_weights
+from ..files.loading import LoadError, load_control, load_unet, read_weights
 from ..files.lock import LockedError, locked
 from ..files.saving import SaveError
 from ..networks.controlnet import BaseMismatch
@@ -34,7 +34,8 @@ from .distributed import DistributedError, Process, joined
 from .log import Log, LogError
 from .loop import Progress, TrainingStopped, train
 from .options import MEANINGS, OptionsError, TrainingOptions
-from .plot import plot
+from .plot import HEIGHT, WIDTH, plot
+from .writer import newest_control, next_steps
 
 EXPECTED = (
     BaseMismatch,
@@ -83,12 +84,15 @@ def run(run: Run, process: Process) -> int:
 
 def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
-    unet = load_unet(*_read(run.base), name=run.base.name)
+    unet = load_unet(*_read(run.base, "the base model's weights"), name=run.base.name)
+    begin = None
+    if run.control is not None:
+        begin = load_control(*_read(run.control, "the control to begin with"), name=run.control.name).control
     watch = Watch(run, dataset) if process.rank == 0 else None
     progresses = train(
-        run.options, unet.state_dict(), unet.config, alphas_cumprod(), dataset, run.output, process=process
+        run.options, unet.state_dict(), unet.config, alphas_cumprod(), dataset, run.output, process=process, begin=begin
     )
-    del unet  # the training lets go of it, too, once it has its own
+    del unet, begin  # the training lets go of them, too, once it has its own
     # Closing the training writes a checkpoint, also when the watch finds no room for what it writes.
     with Stop(alone=process.world == 1) as stop, closing(progresses), closing(watch) if watch else nullcontext():
         for progress in progresses:
@@ -100,16 +104,23 @@ def _run(run: Run, process: Process) -> int:
         else:
             asked = 0
     if asked:
-        _say(process, f"stopped after step {progress.step} of {progress.steps}: the same command goes on from there")
+        so_far = newest_control(run.output)
+        _say(
+            process,
+            f"stopped after step {progress.step} of {progress.steps}: the same command goes on from there"
+            + (f"; {so_far} is the control so far, for ComfyUI's controlnet folder" if so_far else ""),
+        )
         return 128 + asked
+    if process.rank == 0:
+        logging.info("%s", next_steps(run.output))
     _say(process, f"done: {run.output / 'control.safetensors'}")
     return 0
 
 
-def _read(base: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not base.is_file():
-        raise LoadError(f"{base}: there is no such file: give the path of the base model's weights")
-    return read_weights(base)
+def _read(path: Path, of: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise LoadError(f"{path}: there is no such file: give the path of {of}")
+    return read_weights(path)
 
 
 def _say(process: Process, text: str) -> None:
@@ -148,8 +159,6 @@ class Watch:
 
     def __init__(self, run: Run, dataset: Dataset):
         self._run, self._dataset = run, dataset
-        held, _ = dataset.split(run.options.held_out, run.options.seed)
-        self._held = dataset.read(held) if held else None
         self._log: Log | None = None
         self._said = 0.0
 
@@ -162,12 +171,14 @@ class Watch:
             text = json.dumps(facts, indent=2) + "\n"
             (folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
         pictures = None
-        if progress.samples is not None and self._held is not None:
-            pictures = self._pictures(progress.samples)
+        if progress.samples is not None:
+            pictures = self._pictures(progress.samples, self._dataset.read(progress.held))
             _write(folder / "samples" / f"step-{progress.step:08d}.png", pictures)
         self._log.add(progress, pictures)
         if progress.fidelity is not None or progress.step == progress.steps:
-            _write(folder / "plot.png", plot(self._log.losses, self._log.fidelity, progress.converged))
+            log = self._log
+            drawn = plot(log.losses, log.fidelity, progress.converged, WIDTH, HEIGHT, log.validation)
+            _write(folder / "plot.png", drawn)
         now = time.monotonic()
         if now - self._said > PERIOD or progress.fidelity is not None or progress.step == progress.steps:
             print(self._log.describe(progress), flush=True)
@@ -178,11 +189,10 @@ class Watch:
         if self._log is not None:
             self._log.close()
 
-    def _pictures(self, samples: Tensor) -> Any:
+    def _pictures(self, samples: Tensor, held: Batch) -> Any:
         """Hints above pictures above samples (3h,w,3) uint8, latents by the dataset's own colours."""
-        assert self._held is not None
-        rows = [self._held.hints.cpu()]
-        for latents in (self._held.latents, samples.cpu()):
+        rows = [held.hints.cpu()]
+        for latents in (held.latents, samples.cpu()):
             small = self._dataset.preview(latents)
             rows.append(F.interpolate(small, scale_factor=8, mode="bicubic").clamp(0, 1))
         sheet = rearrange(torch.stack(rows), "rows b c h w -> (rows h) (b w) c")

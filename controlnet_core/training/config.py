@@ -16,7 +16,7 @@ from .options import MEANINGS, TrainingOptions
 OPTIONS = {field.name: field.default for field in fields(TrainingOptions)}
 SECTIONS = {
     "": ("output", "model", "data", "training"),
-    "model": ("base", "prediction"),
+    "model": ("base", "prediction", "control"),
     "data": ("dataset",),
     "training": tuple(name for name in OPTIONS if name != "prediction"),
 }
@@ -29,12 +29,13 @@ class ConfigError(ZeroConvError):
 
 @dataclass(frozen=True)
 class Run:
-    """A training as its file describes it: files and folders, and the options."""
+    """A training as its file describes it: files and folders, and the options; `control` is what it begins with."""
 
     base: Path
     dataset: Path
     output: Path
     options: TrainingOptions
+    control: Path | None = None
 
 
 def read(path: Path, overrides: Mapping[str, Any]) -> Run:
@@ -65,7 +66,11 @@ def read(path: Path, overrides: Mapping[str, Any]) -> Run:
         paths[key] = path.absolute().parent / Path(value).expanduser()
     prediction = {key: value for key, value in found["model"].items() if key == "prediction"}
     options = TrainingOptions(**{**prediction, **found.get("training", {}), **overrides})
-    return Run(paths["base"], paths["dataset"], paths["output"], options)
+    begin = found["model"].get("control", "")
+    if not isinstance(begin, str):
+        raise ConfigError(f"{path} has no path as {_place('model', 'control')}: give a control's file, or leave it out")
+    control = path.absolute().parent / Path(begin).expanduser() if begin else None
+    return Run(paths["base"], paths["dataset"], paths["output"], options, control)
 
 
 def _check(path: Path, section: str, keys: Iterable[str]) -> None:
@@ -102,6 +107,7 @@ def defaults() -> str:
         "[model]",
         _line("base", "model.safetensors", "checkpoint of an SD1.x, SD2.x or SDXL model, or its UNet alone"),
         _line("prediction", OPTIONS["prediction"], MEANINGS["prediction"]),
+        _line("control", "", "control or checkpoint of another run to begin with; nothing begins with a fresh one"),
         "",
         "[data]",
         _line("dataset", "dataset", "folder of a cached dataset, made by the node Make Control Dataset"),

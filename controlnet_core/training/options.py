@@ -73,6 +73,9 @@ class TrainingOptions:
     sample_steps: int = 20
     guidance_scale: float = 5.0
 
+    keep_controls: int = 4
+    control_dtype: str = "fp16"
+
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
         for field in fields(self):
@@ -139,6 +142,8 @@ MEANINGS = {
     "held_out": "pictures that are never trained on, only sampled and scored",
     "sample_steps": "sampling steps of such a sample",
     "guidance_scale": "guidance scale of such a sample",
+    "keep_controls": "controls that are kept in the folder controls: one is written with each checkpoint",
+    "control_dtype": "what these controls are written in: fp16, bf16 or fp32; control.safetensors in the end is exact",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 
@@ -151,7 +156,6 @@ STRUCTURE = (
     "middle_only",
     "unlock_decoder",
     "prediction",
-    "optimizer",
 )
 """What a run keeps from its beginning; the rest may be changed when it is resumed."""
 
@@ -179,6 +183,7 @@ CHOICES = {
     "precision": tuple(PRECISIONS),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "control_dtype": tuple(PRECISIONS),
 }
 _MANY = float("inf")
 RANGES = {
@@ -201,4 +206,5 @@ RANGES = {
     "held_out": (0, BATCH),
     "sample_steps": (1, 1000),
     "guidance_scale": (0, _MANY),
+    "keep_controls": (1, _MANY),
 }
