@@ -29,6 +29,9 @@ SELDOM = (
 )
 """Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
 
+LATER = ("keep_controls", "control_dtype")
+"""Those that graphs of earlier versions do not have: they may be left out."""
+
 MOST = 1_000_000_000
 STEPS = {
     **dict.fromkeys(("learning_rate", "decoder_learning_rate"), 1e-7),
@@ -135,7 +138,11 @@ class TrainingOptions(io.ComfyNode):
 def _widget(name: str) -> Any:
     """The widget of a training option."""
     default, meaning = getattr(USUAL, name), training.MEANINGS[name]
-    said: dict[str, Any] = {"default": default, "tooltip": f"{meaning[0].upper()}{meaning[1:]}."}
+    said: dict[str, Any] = {
+        "default": default,
+        "tooltip": f"{meaning[0].upper()}{meaning[1:]}.",
+        "optional": name in LATER,
+    }
     if name in training.CHOICES:
         return io.Combo.Input(name, options=list(training.CHOICES[name]), **said)
     if isinstance(default, bool):

@@ -267,7 +267,8 @@ class Reports:
                 validation = held_out_loss(self.controlled, held_out)
             state.add_fidelity(fidelity)
         device = next(self.controlled.parameters()).device
-        saves = math.ceil(options.steps / options.save_every) - state.step // options.save_every
+        going = state.step < options.steps
+        saves = going * (math.ceil(options.steps / options.save_every) - state.step // options.save_every)
         return Progress(
             step=state.step,
             steps=options.steps,

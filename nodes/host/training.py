@@ -226,8 +226,8 @@ def place_of(name: str) -> tuple[tuple[str, ...], Path]:
 def hand_out(folder: Path, parts: tuple[str, ...], node_id: str | None) -> None:
     """Publish the control of a run that was stopped, as far as it has come, and say so."""
     found = newest_control(folder)
-    if found is None:
-        return
+    if found is None or _steps(found) <= _steps(folder / "control.safetensors"):
+        return  # what is published is at least as far
     try:
         published = publish(found, users_folder(), parts, folder / "control.safetensors")
         unet = found.parent / "unet" / found.name
@@ -245,12 +245,17 @@ def publish_best(folder: Path, parts: tuple[str, ...]) -> list[str]:
     """Publish the control with the highest fidelity where it is not the last one; gives what to say of it."""
     if not (folder / BEST).is_file():
         return []
-    last, best = (read_weights(folder / name)[1].get("trained_steps") for name in ("control.safetensors", BEST))
-    if last == best:
+    best = _steps(folder / BEST)
+    if best == _steps(folder / "control.safetensors"):
         return []
     *folders, name = parts
     published = publish(folder / BEST, users_folder(), (*folders, f"{name}-best"))
     return [f"fidelity was highest at step {best}: saved {published} too"]
+
+
+def _steps(control: Path) -> int:
+    """After how many steps a run's control was written; 0 where there is none."""
+    return int(read_weights(control)[1].get("trained_steps", "0")) if control.is_file() else 0
 
 
 def publish(file: Path, folder: Path, parts: tuple[str, ...], stands_for: Path | None = None) -> str:

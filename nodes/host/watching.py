@@ -7,6 +7,7 @@ import json
 import time
 from functools import cached_property
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import comfy.model_management
@@ -38,6 +39,9 @@ PERIOD = 5.0
 
 FACTS = "options.json"
 """In a run's folder: what it was told last."""
+
+LETTERS, LINE_HEIGHT = 22, 18
+"""Of a prompt on a sheet: letters of a line, and its pixels."""
 
 PREVIEW = 1280
 """Pixels of the width of what the node shows while it runs, at most."""
@@ -163,7 +167,8 @@ class Watch:
         newest = self._decoder(samples)  # first: the score has decoded it just now
         if step == 0:
             saving.write(self._first, {"latents": samples}, {"pictures": self._names})
-        sheet = contact_sheet({**self._constant, **({f"step {step}": newest} if step > 0 else {})})
+        columns = {**self._constant, **({f"step {step}": newest} if step > 0 else {})}
+        sheet = contact_sheet(columns, self._prompts(len(newest[0]) // LINE_HEIGHT))
         path = self._folder / "samples" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)  # where samples were turned on later
         sheet.save(path)
@@ -182,6 +187,11 @@ class Watch:
             if same and first["latents"].shape == held.latents.shape:
                 columns["before training"] = self._decoder(first["latents"])
         return columns
+
+    def _prompts(self, lines: int) -> list[str]:
+        """What the held-out pictures are sampled with, each in as many lines as there is room for."""
+        prompts = [self._dataset.prompts[number] for number in self._dataset.read(self._held).prompts.tolist()]
+        return ["\n".join(wrap(prompt or "(no prompt)", LETTERS)[: max(1, lines)]) for prompt in prompts]
 
     @property
     def _names(self) -> str:
