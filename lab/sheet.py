@@ -29,7 +29,8 @@ def contact_sheet(columns: Mapping[str, np.ndarray], names: Sequence[str] = ()) 
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
     for row, name in enumerate(names):
-        draw.text((MARGIN, LINE + row * (height + MARGIN) + height // 2 - 8), name, "black", font)
+        top = LINE + row * (height + MARGIN) + height // 2 - 8 * (1 + name.count("\n"))
+        draw.text((MARGIN, top), name, "black", font)
     for column, (label, pictures) in enumerate(columns.items()):
         left = before + column * (width + MARGIN)
         draw.text((left, 2), label, "black", font)

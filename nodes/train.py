@@ -27,8 +27,12 @@ SELDOM = (
     *("sample_steps", "guidance_scale"),
     *("huber", "offset_noise", "min_timestep", "max_timestep", "zero_terminal_snr"),
     *("fit_memory", "recompute", "optimizer_in_ram", "base_weights", "control_weights"),
+    *("keep_controls", "control_dtype"),
 )
 """Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
+
+LATER = ("keep_controls", "control_dtype")
+"""Those that graphs of earlier versions do not have: they may be left out."""
 
 MOST = 1_000_000_000
 STEPS = {
@@ -54,7 +58,8 @@ class TrainControlNet(io.ComfyNode):
             display_name="Train ControlNet (ZeroConv)",
             category="ZeroConv/training",
             description="Trains a control for a model on a dataset of Make Control Dataset. Cancel keeps everything: "
-            "queue it again and it goes on. The control goes straight into Apply Control, and into a file.",
+            "queue it again and it goes on, or with fewer steps and it gives what there is. The control goes straight "
+            "into Apply Control, and into a file.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its LoRAs. It stays as it is."),
                 io.Clip.Input("clip", tooltip="Checked to be the one that the dataset was made with."),
@@ -76,6 +81,13 @@ class TrainControlNet(io.ComfyNode):
                     "what the dataset's annotator makes of a sample the hint that the sample was made from?",
                 ),
                 OptionsSocket.Input("options", optional=True, tooltip="The rarer options; without it, the usual ones."),
+                io.ControlNet.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="A control to begin with instead of a fresh one: a ControlNet, a Control-LoRA, a "
+                    "ControlNet-lite or a checkpoint of another run, of Load ControlNet. A run that goes on has its "
+                    "own.",
+                ),
             ],
             outputs=[
                 io.ControlNet.Output(display_name="control_net"),
@@ -97,10 +109,11 @@ class TrainControlNet(io.ComfyNode):
         name: str,
         fidelity: str,
         options: dict[str, Any] | None = None,
+        control_net: Any = None,
         **chosen: Any,
     ) -> io.NodeOutput:
         all_of = training.from_dict({**(options or {}), **chosen})
-        trained = train(model, clip, vae, dataset, name, all_of, fidelity, cls.hidden.unique_id)
+        trained = train(model, clip, vae, dataset, name, all_of, fidelity, cls.hidden.unique_id, control_net)
         shown = {**ui.PreviewImage(trained.plot, cls=cls).as_dict(), **ui.PreviewText(trained.says).as_dict()}
         return io.NodeOutput(trained.control, trained.plot, trained.samples, trained.name, ui=shown)
 
@@ -129,7 +142,11 @@ class TrainingOptions(io.ComfyNode):
 def _widget(name: str) -> Any:
     """The widget of a training option."""
     default, meaning = getattr(USUAL, name), training.MEANINGS[name]
-    said: dict[str, Any] = {"default": default, "tooltip": f"{meaning[0].upper()}{meaning[1:]}."}
+    said: dict[str, Any] = {
+        "default": default,
+        "tooltip": f"{meaning[0].upper()}{meaning[1:]}.",
+        "optional": name in LATER,
+    }
     if name in training.CHOICES:
         return io.Combo.Input(name, options=list(training.CHOICES[name]), **said)
     if isinstance(default, bool):

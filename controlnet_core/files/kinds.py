@@ -70,8 +70,11 @@ def detect(state: State) -> tuple[ControlKind, Format]:
 def unwrapped(state: State) -> State:
     """`state` without what stands before every key, such as `module.`, where that makes it one of `KINDS`.
 
-    Of several ways to read it the kind that is asked first is taken, and of one kind the longest names.
+    Of several ways to read it the kind that is asked first is taken, and of one kind the longest names. Of a checkpoint
+    of a training of this pack it is the control that is left: the averages of its weights, where it has them.
     """
+    if some(starts=TRAINED[0])(state) and all(key.startswith(CHECKPOINT) for key in state):
+        return _trained(state)
     readings = [state]
     while len(readings) <= WRAPPINGS:
         *_, bare = readings
@@ -82,6 +85,21 @@ def unwrapped(state: State) -> State:
     found = [_claimed(reading) for reading in readings]
     places = [len(KINDS) if claim is None else KINDS.index(claim[0]) for claim in found]
     return readings[places.index(min(places))]
+
+
+CHECKPOINT = ("model.", "optimizer.", "average.")
+"""How the tensors of a training's checkpoint begin (`training.checkpoint`)."""
+
+TRAINED = ("model.control.", "average.control.")
+"""Those of the control in it, the later in place of the earlier."""
+
+
+def _trained(state: State) -> Weights:
+    weights: Weights = {}
+    for part in TRAINED:
+        weights |= {key.removeprefix(part): tensor for key, tensor in state.items() if key.startswith(part)}
+    lora = some(ends=".down.weight")(weights)
+    return control_lora.to_control_lora(weights) if lora else weights
 
 
 def _claimed(state: State) -> tuple[ControlKind, Format] | None:

@@ -36,16 +36,18 @@ def to_file(
     layout: str = "ldm",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    weights: State | None = None,
 ) -> tuple[Weights, dict[str, str]]:
     """The tensors of the file of a network of ours, on the CPU, and its metadata, for `write`.
 
     `layout` is one of those in the record of its kind. `dtype` None keeps what each tensor has. `metadata` is that of
     the file that the network was loaded from: it is kept, with what shapes do not tell and the plain facts added.
-    Loading the file gives each tensor back bit for bit, at the file's dtype.
+    `weights` take the place of the network's own. Loading the file gives each tensor back bit for bit, at the file's
+    dtype.
 
     Raises SaveError for a layout that this kind of network does not have, and for numbers beyond `dtype`'s range.
     """
-    return _file(network, network.state_dict(), layout, dtype, metadata)
+    return _file(network, network.state_dict() if weights is None else weights, layout, dtype, metadata)
 
 
 def to_transferred_file(

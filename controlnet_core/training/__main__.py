@@ -21,14 +21,15 @@ from einops import rearrange
 from torch import Tensor
 
 from ..data.config import MODEL, dashed
-from ..data.dataset import Dataset
+from ..data.dataset import Batch, Dataset
 from ..data.encoders import EncoderError, decoder
 from ..data.manifest import DatasetError
 from ..files.base import Base, read_base
-from ..files.loading import LoadError
+from ..files.loading import LoadError, load_control, read_weights
 from ..files.lock import LockedError, locked
 from ..files.saving import SaveError
 from ..networks.controlnet import BaseMismatch
+from ..networks.network import ControlNetwork
 from . import config
 from .config import ConfigError, Run
 from .distributed import DistributedError, Process, joined
@@ -36,7 +37,8 @@ from .log import Log, LogError
 from .loop import Progress, TrainingStopped, train
 from .memory import Examples, fitted
 from .options import MEANINGS, OptionsError, TrainingOptions
-from .plot import plot
+from .plot import HEIGHT, WIDTH, plot
+from .writer import newest_control, next_steps
 
 EXPECTED = (
     BaseMismatch,
@@ -93,14 +95,22 @@ def _run(run: Run, process: Process) -> int:
     run = replace(run, options=options)
     if said:
         _say(process, said)
+    begin = None if run.control is None else _begin(run.control)
     decode = dataset.enlarged_preview
     if run.vae is not None and process.rank == 0:
         decode = decoder(run.vae, base.unet.config.adm_in_channels is not None, process.device)
     watch = Watch(run, dataset, decode) if process.rank == 0 else None
     progresses = train(
-        run.options, base.unet.state_dict(), base.unet.config, base.alphas, dataset, run.output, process=process
+        run.options,
+        base.unet.state_dict(),
+        base.unet.config,
+        base.alphas,
+        dataset,
+        run.output,
+        process=process,
+        begin=begin,
     )
-    del base  # the training lets go of it, too, once it has its own
+    del base, begin  # the training lets go of them, too, once it has its own
     # Closing the training writes a checkpoint, also when the watch finds no room for what it writes.
     with Stop(alone=process.world == 1) as stop, closing(progresses), closing(watch) if watch else nullcontext():
         for progress in progresses:
@@ -112,8 +122,15 @@ def _run(run: Run, process: Process) -> int:
         else:
             asked = 0
     if asked:
-        _say(process, f"stopped after step {progress.step} of {progress.steps}: the same command goes on from there")
+        so_far = newest_control(run.output)
+        _say(
+            process,
+            f"stopped after step {progress.step} of {progress.steps}: the same command goes on from there"
+            + (f"; {so_far} is the control so far, for ComfyUI's controlnet folder" if so_far else ""),
+        )
         return 128 + asked
+    if process.rank == 0:
+        logging.info("%s", next_steps(run.output))
     _say(process, f"done: {run.output / 'control.safetensors'}")
     return 0
 
@@ -126,6 +143,13 @@ def _predicting(run: Run, base: Base) -> Run:
     if base.alphas[-1] == 0 and said.options.prediction == "eps":
         raise ConfigError(f"{run.base.name} has zero terminal SNR, where no noise can be told: choose prediction v")
     return said
+
+
+def _begin(path: Path) -> ControlNetwork:
+    """The control that a training begins with."""
+    if not path.is_file():
+        raise LoadError(f"{path}: there is no such file: give the path of the control to begin with")
+    return load_control(*read_weights(path), name=path.name).control
 
 
 def _say(process: Process, text: str) -> None:
@@ -164,8 +188,6 @@ class Watch:
 
     def __init__(self, run: Run, dataset: Dataset, decode: Callable[[Tensor], Tensor]):
         self._run, self._dataset, self._decode = run, dataset, decode
-        held, _ = dataset.split(run.options.held_out, run.options.seed)
-        self._held = dataset.read(held) if held else None
         self._log: Log | None = None
         self._said = 0.0
 
@@ -178,12 +200,14 @@ class Watch:
             text = json.dumps(facts, indent=2) + "\n"
             (folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
         pictures = None
-        if progress.samples is not None and self._held is not None:
-            pictures = self._pictures(progress.samples)
+        if progress.samples is not None:
+            pictures = self._pictures(progress.samples, self._dataset.read(progress.held))
             _write(folder / "samples" / f"step-{progress.step:08d}.png", pictures)
         self._log.add(progress, pictures)
         if progress.fidelity is not None or progress.step == progress.steps:
-            _write(folder / "plot.png", plot(self._log.losses, self._log.fidelity, progress.converged))
+            log = self._log
+            drawn = plot(log.losses, log.fidelity, progress.converged, WIDTH, HEIGHT, log.validation)
+            _write(folder / "plot.png", drawn)
         now = time.monotonic()
         if now - self._said > PERIOD or progress.fidelity is not None or progress.step == progress.steps:
             print(self._log.describe(progress), flush=True)
@@ -194,11 +218,10 @@ class Watch:
         if self._log is not None:
             self._log.close()
 
-    def _pictures(self, samples: Tensor) -> Any:
+    def _pictures(self, samples: Tensor, held: Batch) -> Any:
         """Hints above pictures above samples (3h,w,3) uint8."""
-        assert self._held is not None
-        rows = [self._held.hints.cpu()]
-        for latents in (self._held.latents, samples.cpu()):
+        rows = [held.hints.cpu()]
+        for latents in (held.latents, samples.cpu()):
             rows.append(self._decode(latents))
         sheet = rearrange(torch.stack(rows), "rows b c h w -> (rows h) (b w) c")
         return (sheet * 255).round().byte().numpy()

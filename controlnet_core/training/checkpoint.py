@@ -1,4 +1,4 @@
-"""A training on disk: all of it in one safetensors file, written whole or not at all, and the control it ends with."""
+"""A training on disk: all of it in one safetensors file, written whole or not at all, and its control as a file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..files import checksum, saving
-from ..files.loading import LoadError, read_weights
-from ..files.saving import write
+from ..files.loading import LoadError, load_control, read_weights
+from ..files.saving import SaveError, write
 from ..files.writing import sweep
 from ..keys import State, Weights
-from .controlled_unet import ControlledUNet
-from .options import STRUCTURE, OptionsError, TrainingOptions
+from ..networks.controlnet import ControlNet
+from ..networks.lite import ControlNetLite
+from .options import PRECISIONS, STRUCTURE, OptionsError, TrainingOptions
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,13 @@ CHECKSUM = "checksum"
 FACTS: dict[str, type | tuple[type, ...]] = {
     "options": dict, "seconds": (int, float), "measured": list, "scaler": dict, "base": str, "data": str, "held": list,
     "groups": list,
+    "pictures": list, "control": dict, "begun": str,
 }  # fmt: skip
-"""What kind of value each of a checkpoint's facts is."""
+"""What kind of value each of a checkpoint's facts is.
+
+`held` are the items that are watched and `pictures` their names; `control` is what the control's shapes do not tell of
+it; `begun` says of which kind the control was that the training began with, "" for a fresh one.
+"""
 
 NAME = re.compile(r"step-(\d{8})\.safetensors")
 
@@ -60,14 +66,23 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors = {name: tensor.detach().cpu() for name, tensor in checkpoint.tensors.items()}
     facts = json.dumps(checkpoint.facts)
     said = {"step": str(checkpoint.step), "facts": facts}
-    write(path, tensors, {**said, CHECKSUM: _checksum(tensors, said)})
-    # A newer one is there only where it could not be read, and is no reason to delete those that can.
-    for old in [each for each in files(folder) if each <= path][:-keep]:
+    # What the loader of controls asks for stands open: a checkpoint is a control's file, too (`kinds.unwrapped`).
+    about = checkpoint.facts.get("control", {})
+    write(path, tensors, {**about, **said, CHECKSUM: _checksum(tensors, said)})
+    keep_newest(path, keep)
+    return path
+
+
+def keep_newest(path: Path, keep: int) -> None:
+    """Delete the files of earlier steps beside `path`, all but the newest `keep`, itself among them.
+
+    A file of a later step is there only where it could not be read, and is no reason to delete those that can.
+    """
+    for old in [each for each in files(path.parent) if each <= path][:-keep]:
         try:
             old.unlink(missing_ok=True)
         except OSError as error:  # on Windows, while somebody reads it
             log.warning("%s is no longer needed and cannot be deleted: %s", old, error)
-    return path
 
 
 def clean(folder: Path) -> None:
@@ -143,7 +158,10 @@ def fingerprint(base: State) -> str:
 
 
 def check(saved: Checkpoint, options: TrainingOptions, facts: dict[str, Any]) -> None:
-    """Raise OptionsError unless a training that goes on from `saved` would be the same one; log what has changed."""
+    """Raise OptionsError unless a training that goes on from `saved` would be the same one; log what has changed.
+
+    Another dataset is no reason to refuse: pictures are added, taken away and touched.
+    """
     before, now = saved.facts["options"], options.as_dict()
     for name in STRUCTURE:
         if before[name] != now[name]:
@@ -151,14 +169,17 @@ def check(saved: Checkpoint, options: TrainingOptions, facts: dict[str, Any]) ->
                 f"this run began with {name} {before[name]!r}, found {now[name]!r}: give the same again, or train in "
                 "another folder"
             )
-    for name, what in (("base", "model"), ("data", "dataset"), ("held", "choice of held-out pictures (held_out)")):
+    same = [("base", "model")]
+    if "data" in facts and saved.facts.get("data") == facts["data"]:
+        same.append(("held", "choice of held-out pictures (held_out)"))
+    for name, what in same:
         if name in facts and saved.facts.get(name, facts[name]) != facts[name]:
             raise OptionsError(
                 f"this run began with another {what}: give the same one again, or train in another folder"
             )
-    for name in now:
-        if before.get(name) != now[name]:
-            log.info("%s was %s and is %s from step %d on", name, before.get(name), now[name], saved.step)
+    for name in before.keys() & now.keys():
+        if before[name] != now[name]:
+            log.info("%s was %s and is %s from step %d on", name, before[name], now[name], saved.step)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Weights:
@@ -183,16 +204,33 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Weights, names:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# -- what a training ends with ----------------------------------------------------------------------------------------
+# -- its control ------------------------------------------------------------------------------------------------------
 
 
-def write_control(folder: Path, controlled: ControlledUNet, options: TrainingOptions, step: int) -> None:
-    """The control as `control.safetensors`; with an unlocked decoder the whole UNet too, as `unet.safetensors`.
+def control_of(saved: Checkpoint) -> ControlNet | ControlNetLite:
+    """The control in a checkpoint, a network of its own in fp32; raises LoadError where it is not all there."""
+    found = load_control(saved.tensors, saved.facts.get("control"), name=f"the checkpoint of step {saved.step}")
+    assert isinstance(found.control, (ControlNet, ControlNetLite))
+    return found.control
 
-    The UNet's tensors are named as in a checkpoint of the whole model. Raises SaveError.
+
+def write_control(
+    path: Path, control: ControlNet | ControlNetLite, weights: State, options: TrainingOptions, step: int, dtype: str
+) -> None:
+    """Write the file of a control with these `weights` in place of its own, as `dtype` (a name in PRECISIONS).
+
+    As fp32 where a weight is beyond the range of `dtype`. Raises SaveError.
     """
-    facts = {"trained_steps": str(step), "prediction": options.prediction}
-    saving.write(folder / "control.safetensors", *saving.to_file(controlled.control, metadata=facts))
-    if options.unlock_decoder:
-        weights = {f"model.diffusion_model.{key}": tensor for key, tensor in controlled.unet.state_dict().items()}
-        saving.write(folder / "unet.safetensors", weights)
+    said = {"trained_steps": str(step), "prediction": options.prediction}
+    try:
+        made = saving.to_file(control, dtype=PRECISIONS[dtype], metadata=said, weights=weights)
+    except SaveError as error:
+        log.warning("%s is written in fp32: %s", path.name, error)
+        made = saving.to_file(control, metadata=said, weights=weights)
+    saving.write(path, *made)
+
+
+def write_unet(path: Path, weights: State, dtype: str = "fp32") -> None:
+    """Write the UNet with its trained decoder, its tensors named as in a checkpoint of the whole model."""
+    named = {f"model.diffusion_model.{key}": tensor.to(PRECISIONS[dtype]) for key, tensor in weights.items()}
+    saving.write(path, named)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.config import DATA, MODEL, TOP, ConfigError, line, load, optional_path_of, path_of, section
+from ..data.config import DATA, MODEL, OF_TRAINING, TOP, ConfigError, line, load, optional_path_of, path_of, section
 from .options import MEANINGS, TrainingOptions
 
 __all__ = ["OPTIONS", "SECTIONS", "ConfigError", "Run", "defaults", "read"]
@@ -15,7 +15,7 @@ __all__ = ["OPTIONS", "SECTIONS", "ConfigError", "Run", "defaults", "read"]
 OPTIONS = {field.name: field.default for field in fields(TrainingOptions)}
 SECTIONS = {
     "": TOP,
-    "model": (*MODEL, "prediction"),
+    "model": (*MODEL, *OF_TRAINING),
     "data": tuple(DATA),
     "training": tuple(name for name in OPTIONS if name != "prediction"),
 }
@@ -30,7 +30,7 @@ class Run:
     """A training as its file describes it: files and folders, and the options.
 
     Without `prediction_given` what the model predicts is not `options.prediction` but what its file says. `vae` shows
-    samples in true colours.
+    samples in true colours, and `control` is what it begins with.
     """
 
     base: Path
@@ -39,6 +39,7 @@ class Run:
     options: TrainingOptions
     prediction_given: bool = True
     vae: Path | None = None
+    control: Path | None = None
 
     def predicting(self, prediction: str) -> Run:
         """This training of a model that predicts this."""
@@ -54,9 +55,10 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Run:
     base, dataset, output = (
         path_of(path, found, where, key) for where, key in (("model", "base"), ("data", "dataset"), ("", "output"))
     )
+    vae, control = (optional_path_of(path, found, "model", key) for key in ("vae", "control"))
     prediction = {key: value for key, value in found["model"].items() if key == "prediction" and value != AUTO}
     options = TrainingOptions(**prediction, **found["training"])
-    return Run(base, dataset, output, options, bool(prediction), optional_path_of(path, found, "model", "vae"))
+    return Run(base, dataset, output, options, bool(prediction), vae, control)
 
 
 def defaults() -> str:
@@ -69,6 +71,7 @@ def defaults() -> str:
         line("output", "run", "folder of the run: checkpoints, samples, logs and control.safetensors"),
         *section("model", MODEL),
         line("prediction", AUTO, f"{MEANINGS['prediction']}; auto: as the model's own file says"),
+        line("control", "", "control, or checkpoint of another run, to begin with; none: a fresh one"),
         *section("data", DATA),
         *section("training", {name: (OPTIONS[name], MEANINGS[name]) for name in SECTIONS["training"]}),
     ]

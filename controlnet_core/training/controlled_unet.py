@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..files import saving
+from ..files.kinds import KINDS, kind_of
 from ..keys import State
 from ..networks import fp8
 from ..networks.control_lora import ControlLora
 from ..networks.controlnet import BaseMismatch, ControlBranch, ControlNet, connect
 from ..networks.layers import Block, FeedForward, ResBlock
 from ..networks.lite import ControlNetLite
+from ..networks.network import ControlNetwork
 from ..networks.residuals import Residuals
 from ..networks.unet import UNet, UNetConfig
 from .options import TrainingOptions
@@ -57,11 +59,14 @@ class ControlledUNet(nn.Module):
             return self.unet(noisy, timesteps, context, y, residuals)
 
 
-def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int) -> ControlledUNet:
+def build(
+    options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int, begin: ControlNetwork | None = None
+) -> ControlledUNet:
     """The controlled UNet at step 0, on the CPU, its control in fp32 or as `control_weights` says.
 
-    `base` holds the whole UNet's weights, ldm keys without prefix. The control begins as the seed says, whatever was
-    drawn before. Raises controlnet.BaseMismatch where the weights are not those of `config`.
+    `base` holds the whole UNet's weights, ldm keys without prefix. The control begins as a copy of `begin`, of which it
+    then has the rank and the hint encoder too; without one, as the seed says, whatever was drawn before. Raises
+    controlnet.BaseMismatch where the weights are not those of `config`, or `begin` is no control to train on it.
     """
     if config.in_channels != config.out_channels:
         raise BaseMismatch(
@@ -69,10 +74,13 @@ def build(options: TrainingOptions, base: State, config: UNetConfig, hint_channe
             f"{config.out_channels}: train on the model that it was made from; the control fits both"
         )
     full = {key: tensor.to("cpu", torch.float32) for key, tensor in base.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        control = _fresh(options, full, config, hint_channels)
-        connect(control, options.connections)
+    if begin is not None:
+        control = _copied(begin, options, full, config, hint_channels)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            control = _fresh(options, full, config, hint_channels)
+            connect(control, options.connections)
     unet = _locked(options, full, config)
     if options.middle_only:
         for parameter in control.zero_convs.requires_grad_(False).parameters():
@@ -93,6 +101,38 @@ def keep_activations(controlled: ControlledUNet, options: TrainingOptions) -> No
             module.checkpointing = options.gradient_checkpointing
         if isinstance(module, (ResBlock, FeedForward, ControlBranch)):
             module.recomputing = options.recompute != "off"
+
+
+TRAINED = {"controlnet": ControlNet, "control_lora": ControlLora, "lite": ControlNetLite}
+"""The network of each `kind`."""
+
+
+def _copied(
+    begin: ControlNetwork, options: TrainingOptions, base: State, config: UNetConfig, hint_channels: int
+) -> ControlNet | ControlNetLite:
+    """A network of its own with the weights of `begin` in fp32; a Control-LoRA may become a full copy."""
+    what = f"a {begin.kind} cannot be trained on here"
+    if mismatch := begin.mismatch(config):
+        raise BaseMismatch(f"{what}: {mismatch}")
+    if begin.hint_channels != hint_channels:
+        raise BaseMismatch(
+            f"{what}: its hint has {begin.hint_channels} channels, those of the dataset have {hint_channels}: begin "
+            "with another control, or with none"
+        )
+    network = TRAINED[options.kind]
+    metadata = kind_of(begin).metadata(begin)
+    if isinstance(begin, ControlLora) and network is ControlNet:
+        weights = begin.merged(base)
+    elif type(begin) is network:
+        weights = begin.state_dict()
+    else:
+        fitting = next((f"kind {kind}" for kind, each in TRAINED.items() if type(begin) is each), "another control")
+        raise BaseMismatch(f"{what}: kind {options.kind} goes on with a {network.kind}: choose {fitting}")
+    record = next(kind for kind in KINDS if kind.network is network)
+    control = record.build(weights, metadata, device="meta")
+    own = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in weights.items()}
+    control.load_state_dict(own, assign=True)
+    return control.requires_grad_(True)  # type: ignore[return-value]
 
 
 def _fresh(

@@ -144,6 +144,18 @@ def _without_outliers(scores: np.ndarray) -> np.ndarray:
     return np.concatenate([scores[:1], np.where(np.abs(inner - middle) > OUTLIER * noise, middle, inner), scores[-1:]])
 
 
+def best(measured: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
+    """The first (step, score) of the highest score; None before one is there. The base's own, at step 0, is none."""
+    trained = [(step, score) for step, score in measured if step > 0 and isfinite(score)]
+    return max(trained, key=lambda each: each[1], default=None)
+
+
+def has_fallen(measured: Sequence[tuple[int, float]], least: float = 0.05) -> bool:
+    """Whether the last `LEVEL` scores are all lower than the best one before them, by `least` and by a tenth of it."""
+    top = best(measured[:-LEVEL])
+    return top is not None and all(score < top[1] - max(least, 0.1 * top[1]) for _, score in measured[-LEVEL:])
+
+
 class Average:
     """A running average in which a loss `half_life` steps old weighs half as much as the newest.
 

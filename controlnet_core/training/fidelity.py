@@ -34,15 +34,23 @@ class HeldOut:
         every = self.options.sample_every
         return bool(self.items) and every > 0 and (step % every == 0 or step == self.options.steps)
 
+    def times_due(self, step: int) -> int:
+        """How often they are still sampled after this step."""
+        every, last = self.options.sample_every, self.options.steps
+        if not self.items or every == 0 or step >= last:
+            return 0
+        return last // every - step // every + (last % every > 0)
+
     def measure(self, controlled: ControlledUNet) -> tuple[float, Tensor]:
         """The score of samples of them all, and these samples: latents (B,4,h,w), on the CPU."""
         device = self.alphas.device
         context, pooled = self.dataset.empty_prompt
         empty_prompt = context.to(device), None if pooled is None else pooled.to(device)
+        batch = self.dataset.read(self.items)
         with self.options.autocast(device):
-            batch = to_device(self.dataset.read(self.items), device)
-            samples = sample(controlled, batch, empty_prompt, self.alphas, self.options).cpu()
-        return self.score(samples, self.dataset.read(self.items)), samples
+            moved = to_device(batch, device)
+            samples = sample(controlled, moved, empty_prompt, self.alphas, self.options).cpu()
+        return self.score(samples, batch), samples
 
 
 @torch.no_grad()

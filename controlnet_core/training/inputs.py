@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,22 @@ class Passes:
         return Inputs(
             batch.latents, draws.noise, draws.timesteps, context, batch.hints, sdxl_vector(pooled, batch.sizes)
         )
+
+
+FIXED = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where in the noise schedule a held-out loss is measured."""
+
+
+def fixed(dataset: Dataset, items: Sequence[int], options: TrainingOptions, timesteps: int) -> Iterator[Inputs]:
+    """The held-out `items` with their own prompts, at each of FIXED, from noise that follows from the seed alone."""
+    batch = dataset.read(items)
+    context, pooled = text_embeddings(batch, torch.zeros(len(items), dtype=torch.bool), dataset.empty_prompt)
+    y = sdxl_vector(pooled, batch.sizes)
+    for number, share in enumerate(FIXED):
+        generator = torch.Generator().manual_seed(options.seed + number)
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        at = torch.full((len(items),), int(share * timesteps))
+        yield Inputs(batch.latents, noise, at, context, batch.hints, y)
 
 
 def text_embeddings(batch: Batch, empty: Tensor, empty_prompt: TextEmbedding) -> tuple[Tensor, Tensor | None]:

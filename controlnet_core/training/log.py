@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 LOSSES = ("step", "loss", "smoothed", "learning_rate", "gradient_norm", "seconds")
 FIDELITY = ("step", "fidelity", "converged")
+VALIDATION = ("step", "loss")
+HELD_OUT = "validation.csv"
 RECENT = 100
 """The steps whose pace tells how long the rest will take."""
 
@@ -32,15 +34,16 @@ class LogError(ZeroConvError, RuntimeError):
 
 
 class Log:
-    """The log of one run: `losses.csv`, `fidelity.csv` and, where it is installed, `tensorboard/` in the run's folder.
+    """The log of one run: `losses.csv`, `fidelity.csv`, `validation.csv` and, where it is installed, `tensorboard/`.
 
     losses.csv has a row for each optimizer step, fidelity.csv one for each measurement, its column `converged` filled
-    from the row on in which the jump was confirmed. Numbers have all their digits, so that losses can be compared bit
-    for bit, and each row is on its way to the disk when `add` returns. `losses` and `fidelity` are (step, value).
+    from the row on in which the jump was confirmed, and validation.csv the loss of the held-out pictures, where there
+    is one. Numbers have all their digits, so that losses can be compared bit for bit, and each row is on its way to the
+    disk when `add` returns. `losses`, `fidelity` and `validation` are (step, value).
     """
 
-    def __init__(self, losses: Table, fidelity: Table, events: Any):
-        self._losses, self._fidelity, self._events = losses, fidelity, events
+    def __init__(self, losses: Table, fidelity: Table, validation: Table | None, events: Any):
+        self._losses, self._fidelity, self._validation, self._events = losses, fidelity, validation, events
         self._average = Average()
         self._clock: deque[float] = deque(maxlen=RECENT + 1)
         self.losses: list[tuple[int, float]] = []
@@ -49,6 +52,7 @@ class Log:
             self.losses.append((int(row[0]), float(row[1])))
             self._average.add(float(row[1]))
         self.fidelity += [(int(row[0]), float(row[1])) for row in fidelity.rows]
+        self.validation = [(int(row[0]), float(row[1])) for row in (validation.rows if validation else ())]
 
     @classmethod
     def open(cls, folder: Path, step: int = 0, options: Mapping[str, object] | None = None) -> Log:
@@ -62,9 +66,11 @@ class Log:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tables = [Table(folder / name, columns, step) for name, columns in _FILES.items()]
+            held_out = folder / HELD_OUT
+            validation = Table(held_out, VALIDATION, step) if held_out.exists() else None
         except OSError as error:
             raise LogError(_failure(folder, error)) from error
-        return cls(tables[0], tables[1], _events(folder / "tensorboard", step, options or {}))
+        return cls(tables[0], tables[1], validation, _events(folder / "tensorboard", step, options or {}))
 
     def __enter__(self) -> Log:
         return self
@@ -76,6 +82,8 @@ class Log:
         """Write what TensorBoard still has in memory, and close the files."""
         self._losses.close()
         self._fidelity.close()
+        if self._validation is not None:
+            self._validation.close()
         if self._events is not None:
             self._events.close()
 
@@ -97,6 +105,12 @@ class Log:
                 self._fidelity.add((step, progress.fidelity, progress.converged))
                 self.fidelity.append((step, progress.fidelity))
                 scalars["fidelity"] = progress.fidelity
+            if progress.validation is not None:
+                if self._validation is None:
+                    self._validation = Table(self._losses.path.with_name(HELD_OUT), VALIDATION, -1)
+                self._validation.add((step, progress.validation))
+                self.validation.append((step, progress.validation))
+                scalars["validation_loss"] = progress.validation
             self._clock.append(progress.seconds)
             if self._events is not None:
                 for name, value in scalars.items():
@@ -112,8 +126,9 @@ class Log:
         return self._average.value
 
     def remaining(self, progress: Progress) -> float | None:
-        """Seconds of training that are left (`remaining`); None until the pace is known."""
-        return remaining(self._clock, progress.steps - progress.step)
+        """Seconds that are left, sampling and saving too (`remaining`); None until the pace is known."""
+        steps = remaining(self._clock, progress.steps - progress.step)
+        return None if steps is None else steps + progress.pauses
 
     def describe(self, progress: Progress) -> str:
         """`describe` with what this log knows."""
@@ -138,22 +153,34 @@ def describe(progress: Progress, smoothed: float | None = None, pace: float | No
     """One line for the node and the terminal: step, loss, fidelity, pace, time left and memory, as far as known.
 
     "step 1200/5000 | loss 0.1234 (smoothed 0.1301) | 3.1 steps/s | 20 min left | 9.8 GiB". `pace` is in seconds for
-    one step.
+    one step; what is left counts sampling and saving too.
     """
     says = [f"step {progress.step}/{progress.steps}"]
     if progress.loss is not None:
         says.append(f"loss {progress.loss:.4f}" + (f" (smoothed {smoothed:.4f})" if smoothed is not None else ""))
     if progress.fidelity is not None:
-        says.append(f"fidelity {progress.fidelity:.3f}")
+        says.append(f"fidelity {progress.fidelity:.3f}" + _beside_the_best(progress))
+    if progress.validation is not None:
+        says.append(f"held-out loss {progress.validation:.4f}")
     if progress.converged is not None:
         says.append(f"converged at step {progress.converged}")
     if pace:
         says.append(f"{1 / pace:.1f} steps/s" if pace < 1 else f"{pace:.1f} s/step")
         if progress.step < progress.steps:
-            says.append(f"{duration(pace * (progress.steps - progress.step))} left")
+            says.append(f"{duration(pace * (progress.steps - progress.step) + progress.pauses)} left")
     if progress.memory is not None:
         says.append(f"{progress.memory / 2**30:.1f} GiB")
     return " | ".join(says)
+
+
+def _beside_the_best(progress: Progress) -> str:
+    """How the fidelity of this step stands beside the best one; nothing where it is the best itself."""
+    if progress.best is None or progress.best[0] == progress.step:
+        return ""
+    step, fidelity = progress.best
+    if progress.fallen:
+        return f" (has fallen from {fidelity:.3f} at step {step}: stop and take the best control, or learn more slowly)"
+    return f" (best {fidelity:.3f} at step {step})"
 
 
 def duration(seconds: float) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -18,16 +19,20 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.dataset import Batches, Dataset, to_device
 from ..diffusion import add_noise
 from ..errors import ZeroConvError
+from ..files.kinds import kind_of
 from ..files.saving import SaveError
 from ..keys import State
+from ..networks.network import ControlNetwork
 from ..networks.unet import UNetConfig
-from . import checkpoint, memory, objective, optimizer
+from . import checkpoint, memory, objective, optimizer, pictures
+from .checkpoint import Checkpoint
 from .controlled_unet import ControlledUNet, build
 from .distributed import ALONE, DistributedError, Process
 from .fidelity import HeldOut, Score, structure
-from .inputs import Inputs, Passes, check_text_embeddings
+from .inputs import Inputs, Passes, check_text_embeddings, fixed
 from .options import OptionsError, TrainingOptions
 from .state import TrainingState
+from .writer import CHECKPOINTS, Writer, plan
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +47,13 @@ class Progress:
 
     `loss` is the step's mean over all its examples, before the weights changed, and `gradient_norm` that of all
     gradients before clipping; both `None` at step 0, which only measures the base. `seconds` is the time in training
-    steps since step 0, over all resumes, and `memory` the most GPU memory in use in bytes. `fidelity` and `samples`
-    (latents (B,4,h,w) of the held-out items, on the CPU) are there where they were measured. `converged` is the step at
-    which fidelity jumped, once that is seen.
+    steps since step 0, over all resumes, and `memory` the most GPU memory in use in bytes.
+
+    Where the held-out items `held` were looked at, there are `fidelity`, `samples` (latents (B,4,h,w), on the CPU) and
+    `validation`, their loss at fixed timesteps from fixed noise: all of what would be saved now, the averages of the
+    weights where there are any. `converged` is the step at which fidelity jumped, once that is seen, `best` the one
+    at which it was highest, with that fidelity, and `fallen` whether it is well below since. `pauses` are the seconds
+    that sampling and saving will still take. `notes` say what is new since the run was stopped.
     """
 
     step: int
@@ -58,6 +67,12 @@ class Progress:
     samples: Tensor | None
     converged: int | None
     memory: int | None
+    validation: float | None = None
+    best: tuple[int, float] | None = None
+    fallen: bool = False
+    pauses: float = 0.0
+    held: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -69,13 +84,16 @@ def train(
     folder: Path,
     score: Score = structure,
     process: Process = ALONE,
+    begin: ControlNetwork | None = None,
 ) -> Generator[Progress, None, None]:
     """Train a control and leave it in `folder/control.safetensors`; yields after every optimizer step.
 
     `base` holds the whole UNet of `config`, ldm keys without prefix; `alphas` (1000,) is its noise schedule
     (`diffusion.alphas_cumprod`). It goes on from the newest checkpoint in `folder/checkpoints`, with the losses of a
-    run that was never interrupted: on the CPU bit for bit. Closing the generator stops after the step and keeps
-    everything. Raises TrainingStopped, OptionsError, SaveError; what was trained up to the last checkpoint is kept.
+    run that was never interrupted: on the CPU bit for bit. A run that has none yet begins with the control `begin`, or
+    with a fresh one. Each checkpoint has its control in `folder/controls`, and that of the highest fidelity is
+    `folder/control-best.safetensors`. Closing the generator stops after the step and keeps everything. Raises
+    TrainingStopped, OptionsError, SaveError, BaseMismatch; what was trained up to the last checkpoint is kept.
     """
     device = process.device
     if options.batch_size % process.world:
@@ -83,11 +101,27 @@ def train(
             f"batch_size {options.batch_size} cannot be shared by {process.world} processes: choose a multiple"
         )
     check_text_embeddings(dataset, config)
-    held, learned = dataset.split(options.held_out, options.seed)
+    checkpoints = folder / CHECKPOINTS
+    saved = checkpoint.newest(checkpoints)
+    held, learned = pictures.split(dataset, options, saved)
     batches = Batches(dataset, learned, options.batch_size, options.seed)
     passes = Passes(dataset, batches, options, process, len(alphas))
+    facts: dict[str, Any] = {
+        "base": checkpoint.fingerprint(base),
+        "data": dataset.fingerprint,
+        "held": held,
+        "pictures": pictures.names(dataset, held),
+        "options": options.as_dict(),
+        "begun": "" if begin is None else begin.kind,
+    }
+    notes = []
+    if saved is not None:
+        checkpoint.check(saved, options, facts)
+        notes = _changed(saved, options, facts, folder, dataset)
+        facts["begun"] = saved.facts.get("begun", "")
+        begin = checkpoint.control_of(saved) if facts["begun"] else None
 
-    controlled = build(options, base, config, dataset.hint_channels)
+    controlled = build(options, base, config, dataset.hint_channels, begin)
     try:
         controlled = controlled.to(device)
     except torch.cuda.OutOfMemoryError as error:
@@ -95,10 +129,11 @@ def train(
             f"the networks alone do not fit into the memory of {device}. Free what else is there, or choose kind "
             "control_lora."
         ) from error
+    facts["control"] = kind_of(controlled.control).metadata(controlled.control)
     alphas = objective.noise_schedule(options, alphas).to(device)
     held_out = HeldOut(dataset, held, alphas, options, score)
     state = TrainingState(
-        {name: p for name, p in controlled.named_parameters() if p.requires_grad},
+        {name: p for name, p in controlled.named_parameters() if p.requires_grad or name.startswith("control.")},
         optimizer.make(options, controlled.control, controlled.unet),
         torch.amp.GradScaler(device.type, enabled=options.precision == "fp16"),
         options.ema,
@@ -108,19 +143,23 @@ def train(
         network = DistributedDataParallel(controlled, gradient_as_bucket_view=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    checkpoints = folder / "checkpoints"
-    facts = {
-        "base": checkpoint.fingerprint(base),
-        "data": dataset.fingerprint,
-        "held": held,
-        "options": options.as_dict(),
-    }
-    del base  # the controlled UNet has its own
-    _resume(state, checkpoints, options, facts, process)
+    if saved is not None:
+        state.restore(saved, optimizer=saved.facts["options"]["optimizer"] == options.optimizer)
+        log.info("goes on from step %d", state.step)
+    _check_alike(state, checkpoints, process)
+    # The controlled UNet has its own. What is mapped of a checkpoint would keep Windows from deleting it.
+    del base, begin, saved
+    report = Reports(state, options, held_out, controlled, tuple(notes))
+    writer = Writer(folder, controlled, options, facts, process)
+    if state.step < options.steps and process.rank == 0:
+        log.info("%s", plan(folder, state, options))
+        pictures.note(folder, dataset)
 
-    try:
+    with closing(writer), _failures(state, options, writer):
         if state.step == 0:
-            yield _report(state, options, held_out, controlled)
+            started = time.monotonic()
+            yield report()
+            report.sampling = time.monotonic() - started
         while state.step < options.steps:
             started = time.monotonic()
             factor = optimizer.factor(options, state.step)
@@ -137,32 +176,59 @@ def train(
             norm = state.clip_gradients(options.clip).item()
             value = process.mean(total).item()
             if not isfinite(value) or not (isfinite(norm) or state.scaler.is_enabled()):
+                writer.rest()
                 raise TrainingStopped(
                     f"the loss of step {state.step + 1} is {value}, its gradient {norm}: numbers have grown beyond "
                     f"{options.precision}. {checkpoint.kept(checkpoints)} Lower learning_rate, or choose precision "
                     "fp32 or bf16."
                 )
             state.advance()
-            state.seconds += time.monotonic() - started
+            ended = time.monotonic()
+            state.seconds += ended - started
 
             try:
-                yield _report(state, options, held_out, controlled, value, norm)
+                yield (progress := report(value, norm))
             except BaseException:  # closed by the caller, or sampling failed or was cancelled; the step itself is sound
-                _save(state, checkpoints, options, facts, process)
+                writer.save(state)
+                writer.wait()
                 raise
+            if progress.fidelity is not None:
+                report.sampling = time.monotonic() - ended
             # After the caller has seen the step: what a checkpoint holds is in the caller's log as well.
+            ended = time.monotonic()
             if state.step % options.save_every == 0 or state.step == options.steps:
-                _save(state, checkpoints, options, facts, process)
+                writer.save(state)
+                report.saving = time.monotonic() - ended
+            else:
+                writer.save_best(state)
+        writer.wait()
+    if process.rank == 0:
+        control = controlled.control
+        state.use_averages()
+        checkpoint.write_control(
+            folder / "control.safetensors", control, control.state_dict(), options, state.step, "fp32"
+        )
+        if options.unlock_decoder:
+            checkpoint.write_unet(folder / "unet.safetensors", controlled.unet.state_dict())
+
+
+@contextmanager
+def _failures(state: TrainingState, options: TrainingOptions, writer: Writer) -> Iterator[None]:
+    """What ends a training within it becomes a TrainingStopped that says what is kept, and what to do."""
+    try:
+        yield
+    except SaveError as error:
+        raise TrainingStopped(
+            f"step {writer.step} cannot be kept: {error}. {checkpoint.kept(writer.checkpoints)}"
+        ) from error
     except RuntimeError as error:
         if not memory.is_out_of_memory(error):
             raise
+        writer.rest()
         raise TrainingStopped(
             f"out of memory at step {state.step + 1} with batch_size {options.batch_size}. "
-            f"{checkpoint.kept(checkpoints)} {memory.advice(options)}"
+            f"{checkpoint.kept(writer.checkpoints)} {memory.advice(options)}"
         ) from error
-    if process.rank == 0:
-        state.use_averages()
-        checkpoint.write_control(folder, controlled, options, state.step)
 
 
 def pass_loss(network: nn.Module, inputs: Inputs, alphas: Tensor, options: TrainingOptions) -> Tensor:
@@ -180,61 +246,85 @@ def _gradients_apart(network: nn.Module) -> AbstractContextManager[Any]:
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
-def _report(
-    state: TrainingState,
-    options: TrainingOptions,
-    held_out: HeldOut,
-    controlled: ControlledUNet,
-    loss: float | None = None,
-    norm: float | None = None,
-) -> Progress:
-    """How far the training is, with samples of the held-out pictures and their score where they are due."""
-    fidelity, samples = None, None
-    if held_out.is_due(state.step):
-        fidelity, samples = held_out.measure(controlled)
-        state.add_fidelity(fidelity)
-    device = next(controlled.parameters()).device
-    return Progress(
-        step=state.step,
-        steps=options.steps,
-        loss=loss,
-        learning_rate=state.optimizer.param_groups[0]["lr"],
-        gradient_norm=norm,
-        seconds=state.seconds,
-        examples=state.step * options.batch_size * options.accumulation,
-        fidelity=fidelity,
-        samples=samples,
-        converged=state.converged,
-        memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    )
+@dataclass
+class Reports:
+    """Says how far a training is; `sampling` and `saving` are the seconds that each took the last time."""
+
+    state: TrainingState
+    options: TrainingOptions
+    held_out: HeldOut
+    controlled: ControlledUNet
+    notes: tuple[str, ...]
+    sampling: float = 0.0
+    saving: float = 0.0
+
+    def __call__(self, loss: float | None = None, norm: float | None = None) -> Progress:
+        """The report of this step, with a look at the held-out pictures where it is due."""
+        state, options, held_out = self.state, self.options, self.held_out
+        fidelity, samples, validation = None, None, None
+        if held_out.is_due(state.step):
+            with state.averaged():
+                fidelity, samples = held_out.measure(self.controlled)
+                validation = held_out_loss(self.controlled, held_out)
+            state.add_fidelity(fidelity)
+        device = next(self.controlled.parameters()).device
+        going = state.step < options.steps
+        saves = going * (math.ceil(options.steps / options.save_every) - state.step // options.save_every)
+        return Progress(
+            step=state.step,
+            steps=options.steps,
+            loss=loss,
+            learning_rate=state.optimizer.param_groups[0]["lr"],
+            gradient_norm=norm,
+            seconds=state.seconds,
+            examples=state.step * options.batch_size * options.accumulation,
+            fidelity=fidelity,
+            samples=samples,
+            converged=state.converged,
+            memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            validation=validation,
+            best=state.best,
+            fallen=state.has_fallen,
+            pauses=self.sampling * held_out.times_due(state.step) + self.saving * saves,
+            held=tuple(held_out.items),
+            notes=self.notes,
+        )
 
 
-def _resume(
-    state: TrainingState, checkpoints: Path, options: TrainingOptions, facts: dict[str, Any], process: Process
-) -> None:
-    """Bring `state` to the newest checkpoint, if there is one; raises OptionsError where it is of another training."""
-    if process.rank == 0:
-        checkpoint.clean(checkpoints.parent)
-        checkpoint.clean(checkpoints)
-    saved = checkpoint.newest(checkpoints)
-    if saved is not None:
-        checkpoint.check(saved, options, facts)
-        state.restore(saved)
-        log.info("goes on from step %d", state.step)
+@torch.no_grad()
+def held_out_loss(controlled: ControlledUNet, held_out: HeldOut) -> float:
+    """The loss of the held-out pictures with their prompts, always at the same timesteps and from the same noise."""
+    alphas, options = held_out.alphas, held_out.options
+    losses = [
+        pass_loss(controlled, to_device(inputs, alphas.device), alphas, options)
+        for inputs in fixed(held_out.dataset, held_out.items, options, len(alphas))
+    ]
+    return torch.stack(losses).mean().item()
+
+
+def _changed(
+    saved: Checkpoint, options: TrainingOptions, facts: dict[str, Any], folder: Path, dataset: Dataset
+) -> list[str]:
+    """What is new since the checkpoint and no reason to refuse, in words."""
+    notes = []
+    if saved.facts.get("data", facts["data"]) != facts["data"]:
+        notes.append(
+            f"the dataset has changed since step {saved.step} ({pictures.changes(folder, dataset)}): training goes on "
+            f"with the {len(dataset)} that are there"
+        )
+    before = saved.facts["options"]["optimizer"]
+    if before != options.optimizer:
+        notes.append(f"the optimizer was {before} and is {options.optimizer}: what it has seen begins anew")
+    if facts["begun"] and not saved.facts.get("begun"):
+        notes.append(f"the control to begin with is not read: this run goes on from its own step {saved.step}")
+    for note in notes:
+        log.warning("%s", note)
+    return notes
+
+
+def _check_alike(state: TrainingState, checkpoints: Path, process: Process) -> None:
     if len(found := set(process.gather(state.step))) > 1:
         raise DistributedError(
             f"the processes found checkpoints of different steps in {checkpoints} ({sorted(found)}): give a folder "
             "that all machines share"
         )
-
-
-def _save(
-    state: TrainingState, checkpoints: Path, options: TrainingOptions, facts: dict[str, Any], process: Process
-) -> None:
-    """Write a checkpoint, in the first of the processes."""
-    if process.rank:
-        return
-    try:
-        checkpoint.save(checkpoints, state.to_checkpoint(facts), options.keep)
-    except SaveError as error:
-        raise TrainingStopped(f"step {state.step} cannot be kept: {error}. {checkpoint.kept(checkpoints)}") from error

@@ -89,6 +89,8 @@ class TrainingOptions:
     optimizer_in_ram: bool = False
     base_weights: str = "precision"
     control_weights: str = "fp32"
+    keep_controls: int = 4
+    control_dtype: str = "fp16"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
@@ -191,6 +193,8 @@ MEANINGS = {
     "base_weights": "what the locked model's weights lie in: as precision says, or fp8 (half of that)",
     "control_weights": "what the trained weights lie in: fp32, or bf16 (half of it; steps are rounded at random, so "
     "that small ones are not lost)",
+    "keep_controls": "controls that are kept in the folder controls: one is written with each checkpoint",
+    "control_dtype": "what these controls are written in: fp16, bf16 or fp32; control.safetensors in the end is exact",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 
@@ -203,7 +207,6 @@ STRUCTURE = (
     "middle_only",
     "unlock_decoder",
     "prediction",
-    "optimizer",
 )
 """What a run keeps from its beginning; the rest may be changed when it is resumed."""
 
@@ -235,6 +238,7 @@ CHOICES = {
     "recompute": RECOMPUTE,
     "base_weights": BASE_WEIGHTS,
     "control_weights": CONTROL_WEIGHTS,
+    "control_dtype": tuple(PRECISIONS),
 }
 _MANY = float("inf")
 RANGES = {
@@ -261,4 +265,5 @@ RANGES = {
     "offset_noise": (0, 1),
     "min_timestep": (0, 999),
     "max_timestep": (1, 1000),
+    "keep_controls": (1, _MANY),
 }

@@ -9,23 +9,30 @@ import numpy as np
 from .convergence import smoothed
 
 RAW, SMOOTH, FIDELITY, MARK, GRID, TEXT = "#b5d6ef", "#0072b2", "#d55e00", "#333333", "#e6e6e6", "#333333"
-"""Colours: blue and vermilion of Okabe and Ito's palette, which colour-blind readers tell apart, and greys."""
+HELD_OUT = "#009e73"
+"""Colours: blue, vermilion and green of Okabe and Ito's palette, which colour-blind readers tell apart, and greys."""
 WIDE = 10.0
 """Losses whose largest is this many times their smallest are drawn on a logarithmic axis."""
 POINTS = 2000
 """Points of a curve beyond which it is thinned: more than there are pixels."""
 DPI = 100
+WIDTH, HEIGHT = 960, 540
 
 Curve = Sequence[tuple[int, float]]
 
 
 def plot(
-    losses: Curve, fidelity: Curve = (), converged: int | None = None, width: int = 960, height: int = 540
+    losses: Curve,
+    fidelity: Curve = (),
+    converged: int | None = None,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    validation: Curve = (),
 ) -> np.ndarray:
     """A picture (height,width,3) uint8 of a training so far: (step, loss) pale, smoothed strong, fidelity at the right.
 
-    `losses` has an entry for each step and `fidelity` one for each measurement; either may be empty. `converged` is
-    drawn as a line with its step. Values that are not finite are left out.
+    `losses` has an entry for each step, `fidelity` and `validation` (held-out losses) one for each measurement; each
+    may be empty. `converged` is drawn as a line with its step. Values that are not finite are left out.
     """
     # Not pyplot, whose figures live on in a state shared by the process; and not at import, which must stay cheap.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,6 +61,9 @@ def plot(
             left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             left.yaxis.set_minor_locator(NullLocator())
         left.set_ylim(low, high)
+    watched, held_out = _finite(validation)
+    if len(watched):
+        left.plot(watched, held_out, color=HELD_OUT, linewidth=1.2, linestyle=":", marker=".", label="held-out loss")
     left.set_ylabel("loss", color=SMOOTH)
     left.tick_params(axis="y", colors=SMOOTH)
     left.tick_params(axis="x", colors=TEXT)

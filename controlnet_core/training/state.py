@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..keys import State
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
-from .convergence import sudden_convergence
+from .convergence import best, has_fallen, sudden_convergence
 from .optimizer import average, counted
 
 
@@ -56,9 +57,40 @@ class TrainingState:
         self.measured.append((self.step, fidelity))
         self.converged = _converged(self.measured)
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step after which fidelity was highest, and that fidelity; None before the first of them after a step."""
+        return best(self.measured)
+
+    @property
+    def has_fallen(self) -> bool:
+        """Whether fidelity is well below its best, and stays there."""
+        return has_fallen(self.measured)
+
+    @property
+    def result(self) -> Mapping[str, Tensor]:
+        """What the training would end with now: the averages where there are any, else the weights."""
+        return self.averages or self.weights
+
     def use_averages(self) -> None:
         """Put the averages in the weights' place, where there are any: what a training ends with."""
         _fill(self.weights, self.averages)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the network has the averages, where there are any: what is judged is what is saved."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, kept in self.averages.items():
+            weight = self.weights[name].detach().clone()
+            self.weights[name].copy_(kept)
+            kept.copy_(weight)
 
     def to_checkpoint(self, facts: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint of this step; `facts` say of which training it is."""
@@ -70,18 +102,19 @@ class TrainingState:
         own["groups"] = counted(self.optimizer)
         return Checkpoint(self.step, tensors, {**facts, **own})
 
-    def restore(self, saved: Checkpoint) -> None:
-        """Go back or ahead to a checkpoint; the inverse of `to_checkpoint`."""
+    def restore(self, saved: Checkpoint, optimizer: bool = True) -> None:
+        """Go back or ahead to a checkpoint; the inverse of `to_checkpoint`. Without `optimizer`, its state is new."""
         self.step, self.seconds = saved.step, saved.facts["seconds"]
         self.measured = [(step, fidelity) for step, fidelity in saved.facts["measured"]]
         self.converged = _converged(self.measured)
         _fill(self.weights, saved.part("model."))
         if self.averages:  # where they are new, they begin at the weights of now
             _fill(self.averages, {**saved.part("model."), **saved.part("average.")})
-        names = {weight: name for name, weight in self.weights.items()}
-        restore_optimizer(self.optimizer, saved.part("optimizer."), names)
-        for group, numbers in zip(self.optimizer.param_groups, saved.facts.get("groups", [])):
-            group.update(numbers)
+        if optimizer:
+            names = {weight: name for name, weight in self.weights.items()}
+            restore_optimizer(self.optimizer, saved.part("optimizer."), names)
+            for group, numbers in zip(self.optimizer.param_groups, saved.facts.get("groups", [])):
+                group.update(numbers)
         if saved.facts["scaler"]:
             self.scaler.load_state_dict(saved.facts["scaler"])
 

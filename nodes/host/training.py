@@ -30,18 +30,23 @@ from ...controlnet_core.training.distributed import Process
 from ...controlnet_core.training.fidelity import structure
 from ...controlnet_core.training.memory import Examples, fitted
 from ...controlnet_core.training.options import OptionsError, TrainingOptions
+from ...controlnet_core.training.writer import BEST, newest_control
 from . import files
 from .dataset import PLACE, encoders, folder_of
 from .models import ModelError, unet_config
 from .networks import NetworkControl
+from .progress import say
 from .save import free_path, name_parts, users_folder
 from .watching import FACTS, Decoder, Watch, annotated, newest_plot, newest_sheet, summary
-from .weights import unet_weights
+from .weights import loaded_control, unet_weights
 
 log = logging.getLogger(__name__)
 
 PUBLISHED = "published.json"
 """In a run's folder: which files in the host's folders are this run's."""
+
+
+NEXT = "next: connect control_net to Apply Control, or press r and pick it in Load ControlNet; raise steps to train on"
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,18 @@ def train(
     options: TrainingOptions,
     fidelity: str = "structure",
     node_id: str | None = None,
+    control_net: Any = None,
 ) -> Trained:
     """Train a control for the host's MODEL in the folder `name` below the output folder's `zeroconv/training`.
 
-    A run of this name that was stopped goes on, and one that is finished is given as it is. What the model predicts is
-    read from it: `options.prediction` is not looked at. `fidelity` scores samples by "structure", or with the
-    "annotator" that made the dataset's hints. Raises ModelError, DatasetError, SaveError, OptionsError,
-    LogError and loop.TrainingStopped; on these and on Cancel all that was trained is kept in the folder.
+    A run of this name that was stopped goes on, and one that has made `options.steps` is given as it is. A new one
+    begins with the CONTROL_NET `control_net`, if there is one. What the model predicts is read from it:
+    `options.prediction` is not looked at. `fidelity` scores samples by "structure", or with the "annotator" that made
+    the dataset's hints. Raises ModelError, DatasetError, SaveError, OptionsError, BaseMismatch, LogError and
+    loop.TrainingStopped; on these and on Cancel all that was trained is kept in the folder, and its control is
+    published.
     """
-    parts = name_parts(name)
-    folder = folder_of("/".join(parts), "training")
+    parts, folder = place_of(name)
     config = trainable(model)
     alphas, prediction = noise_schedule(model)
     options = replace(options, prediction=prediction)
@@ -84,6 +91,7 @@ def train(
     check_score(folder, fidelity)
     decoder = Decoder(vae, model.model.latent_format)
     score = structure if fidelity == "structure" else annotated(dataset, decoder, node_id)
+    begin = None if control_net is None else loaded_control(control_net).control
 
     comfy.model_management.unload_all_models()
     process = Process(device=comfy.model_management.get_torch_device())
@@ -93,21 +101,27 @@ def train(
     with locked(folder), torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
-        steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
-        del base  # the training lets go of it, too, once it has its own
+        steps = loop.train(options, base, config, alphas, dataset, folder, score, process, begin)
+        del base, begin  # the training lets go of them, too, once it has its own
+        watching = Watch(folder, {**options.as_dict(), "fidelity": fidelity}, dataset, options, decoder, node_id)
         if not done:
-            # Closing the steps keeps what was trained, whatever ends them.
-            watching = Watch(folder, {**options.as_dict(), "fidelity": fidelity}, dataset, options, decoder, node_id)
-            with watching as watch, closing(steps):
-                for progress in steps:
-                    watch.see(progress)
+            try:
+                # Closing the steps keeps what was trained, whatever ends them.
+                with watching as watch, closing(steps):
+                    for progress in steps:
+                        watch.see(progress)
+            except BaseException:
+                hand_out(folder, parts, node_id)
+                raise
     comfy.model_management.soft_empty_cache()
 
     published = publish(folder / "control.safetensors", users_folder(), parts)
-    says = [*([fits] if fits else []), summary(folder), f"saved {published}"]
+    says = [*([fits] if fits else []), *watching.notes, summary(folder), f"saved {published}"]
     if options.unlock_decoder:
         unet = publish(folder / "unet.safetensors", models_folder(), parts)
         says.append(f"saved {unet}, the model with its trained decoder, for Load Diffusion Model")
+    says += publish_best(folder, parts)
+    says.append(NEXT)
     return Trained(files.load(published), published, newest_plot(folder), newest_sheet(folder), "\n".join(says))
 
 
@@ -201,15 +215,63 @@ def finished(folder: Path, options: TrainingOptions, facts: Mapping[str, str]) -
     return metadata.get("trained_steps") == str(saved.step)
 
 
-def publish(file: Path, folder: Path, parts: tuple[str, ...]) -> str:
+def place_of(name: str) -> tuple[tuple[str, ...], Path]:
+    """The parts of a control's name below `zeroconv`, and the run's folder; raises SaveError for names that are none.
+
+    `zeroconv/` in front of a name is where it goes anyway, and is not put there twice; a run that an earlier version
+    of the pack began so is found where it is.
+    """
+    parts = name_parts(name)
+    folder = folder_of("/".join(parts), "training")
+    bare = parts[1:] if parts[0] == PLACE and len(parts) > 1 else parts
+    return bare, folder if folder.is_dir() else folder_of("/".join(bare), "training")
+
+
+def hand_out(folder: Path, parts: tuple[str, ...], node_id: str | None) -> None:
+    """Publish the control of a run that was stopped, as far as it has come, and say so."""
+    found = newest_control(folder)
+    if found is None or _steps(found) <= _steps(folder / "control.safetensors"):
+        return  # what is published is at least as far
+    try:
+        published = publish(found, users_folder(), parts, folder / "control.safetensors")
+        unet = found.parent / "unet" / found.name
+        if unet.is_file():
+            publish(unet, models_folder(), parts, folder / "unet.safetensors")
+    except (saving.SaveError, OSError) as error:  # what stopped the run is said, and it is more
+        log.warning("%s could not be put into the controlnet folder: %s", found, error)
+        return
+    said = f"stopped: {published} is the control so far. Queue again to train on, or with fewer steps to be given it"
+    log.info("%s", said)
+    say(said, node_id)
+
+
+def publish_best(folder: Path, parts: tuple[str, ...]) -> list[str]:
+    """Publish the control with the highest fidelity where it is not the last one; gives what to say of it."""
+    if not (folder / BEST).is_file():
+        return []
+    best = _steps(folder / BEST)
+    if best == _steps(folder / "control.safetensors"):
+        return []
+    *folders, name = parts
+    published = publish(folder / BEST, users_folder(), (*folders, f"{name}-best"))
+    return [f"fidelity was highest at step {best}: saved {published} too"]
+
+
+def _steps(control: Path) -> int:
+    """After how many steps a run's control was written; 0 where there is none."""
+    return int(read_weights(control)[1].get("trained_steps", "0")) if control.is_file() else 0
+
+
+def publish(file: Path, folder: Path, parts: tuple[str, ...], stands_for: Path | None = None) -> str:
     """Copy a run's file into a folder of the host's models, and give its name there.
 
     A file that this run put there before is replaced, unless somebody has changed it since: nothing else is. What is
-    there already is not copied again.
+    there already is not copied again. `stands_for` is the file in the run's folder that will take its place there.
     """
-    record = file.parent / PUBLISHED
+    stands_for = stands_for or file
+    record = stands_for.parent / PUBLISHED
     known: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    before = known.get(file.name)
+    before = known.get(stands_for.name)
     path = free_path(folder, (PLACE, *parts))
     if before is not None:
         ours = Path(before["path"])
@@ -224,7 +286,7 @@ def publish(file: Path, folder: Path, parts: tuple[str, ...]) -> str:
             raise
         path = free_path(folder, (PLACE, *parts))  # Windows replaces no file that is in use, as one loaded here is
         saving.write(path, *read_weights(file))
-    known[file.name] = {"path": str(path), "stamp": _stamp(path), "source": _stamp(file)}
+    known[stands_for.name] = {"path": str(path), "stamp": _stamp(path), "source": _stamp(file)}
     record.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8", newline="\n")
     return str(path.relative_to(folder))
 

@@ -7,6 +7,7 @@ import json
 import time
 from functools import cached_property
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import comfy.model_management
@@ -23,6 +24,7 @@ from ...controlnet_core.data.manifest import DatasetError
 from ...controlnet_core.data.pictures import PictureError
 from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import read_weights
+from ...controlnet_core.training import pictures
 from ...controlnet_core.training.fidelity import Score
 from ...controlnet_core.training.log import Log, LogError, duration
 from ...controlnet_core.training.loop import Progress
@@ -37,6 +39,9 @@ PERIOD = 5.0
 
 FACTS = "options.json"
 """In a run's folder: what it was told last."""
+
+LETTERS, LINE_HEIGHT = 22, 18
+"""Of a prompt on a sheet: letters of a line, and its pixels."""
 
 PREVIEW = 1280
 """Pixels of the width of what the node shows while it runs, at most."""
@@ -88,7 +93,7 @@ def annotated(dataset: Dataset, decoder: Decoder, node_id: str | None) -> Score:
 
 
 class Watch:
-    """What the node and the run's folder show of a training; a context manager.
+    """What the node and the run's folder show of a training; a context manager. `notes` are the training's own.
 
     In the folder: the core's log, `options.json` with `facts`, `plot.png`, and for each measurement a sheet of the
     held-out pictures, `samples/step-<step>.png`.
@@ -104,8 +109,9 @@ class Watch:
         node_id: str | None,
     ):
         self._folder, self._facts, self._decoder, self._node_id = folder, facts, decoder, node_id
-        held, _ = dataset.split(options.held_out if options.sample_every else 0, options.seed)
-        self._held = dataset.read(held) if held else None
+        self._dataset = dataset
+        self._held: tuple[int, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self._move = bar(options.steps, node_id)
         self._log: Log | None = None
         self._next = 0.0
@@ -122,6 +128,7 @@ class Watch:
         if self._log is None:
             self._log = self._open(progress.step - 1)
         sheet = None
+        self._held, self.notes = progress.held, progress.notes
         if progress.samples is not None:
             sheet = self._keep_sheet(progress.step, progress.samples)
         self._log.add(progress, None if sheet is None else np.asarray(sheet))
@@ -131,7 +138,7 @@ class Watch:
             preview = self._drawing(self._log, progress.converged)
             now = time.monotonic()
             self._next = now + max(PERIOD, 50 * (now - started))
-        say(self._log.describe(progress), self._node_id)
+        say("\n".join([self._log.describe(progress), *self.notes]), self._node_id)
         self._move(progress.step, preview)
 
     def _open(self, step: int) -> Log:
@@ -143,7 +150,7 @@ class Watch:
 
     def _drawing(self, log: Log, converged: int | None) -> Image.Image:
         """The plot, kept as a file, beside the newest sheet."""
-        drawn = Image.fromarray(plot(log.losses, log.fidelity, converged))
+        drawn = Image.fromarray(plot(log.losses, log.fidelity, converged, validation=log.validation))
         drawn.save(self._folder / "plot.png")
         shown = drawn
         for path in sheets(self._folder)[-1:]:
@@ -159,8 +166,9 @@ class Watch:
         """The sheet of a measurement, kept as a file: hint, picture, the sample before training and this one."""
         newest = self._decoder(samples)  # first: the score has decoded it just now
         if step == 0:
-            saving.write(self._first, {"latents": samples})
-        sheet = contact_sheet({**self._constant, **({f"step {step}": newest} if step > 0 else {})})
+            saving.write(self._first, {"latents": samples}, {"pictures": self._names})
+        columns = {**self._constant, **({f"step {step}": newest} if step > 0 else {})}
+        sheet = contact_sheet(columns, self._prompts(len(newest[0]) // LINE_HEIGHT))
         path = self._folder / "samples" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)  # where samples were turned on later
         sheet.save(path)
@@ -169,12 +177,25 @@ class Watch:
     @cached_property
     def _constant(self) -> dict[str, np.ndarray]:
         """The columns of a sheet that stay the same."""
-        assert self._held is not None
-        hints = rearrange(self._held.hints, "b c h w -> b h w c").numpy()
-        columns = {"hint": hints, "picture": self._decoder(self._held.latents)}
+        held = self._dataset.read(self._held)
+        hints = rearrange(held.hints, "b c h w -> b h w c").numpy()
+        columns = {"hint": hints, "picture": self._decoder(held.latents)}
         if self._first.is_file():
-            columns["before training"] = self._decoder(read_weights(self._first)[0]["latents"])
+            first, said = read_weights(self._first)
+            # Where pictures are gone since, these are of others; older files do not say of which.
+            same = said.get("pictures", self._names) == self._names
+            if same and first["latents"].shape == held.latents.shape:
+                columns["before training"] = self._decoder(first["latents"])
         return columns
+
+    def _prompts(self, lines: int) -> list[str]:
+        """What the held-out pictures are sampled with, each in as many lines as there is room for."""
+        prompts = [self._dataset.prompts[number] for number in self._dataset.read(self._held).prompts.tolist()]
+        return ["\n".join(wrap(prompt or "(no prompt)", LETTERS)[: max(1, lines)]) for prompt in prompts]
+
+    @property
+    def _names(self) -> str:
+        return json.dumps(pictures.names(self._dataset, self._held))
 
     @property
     def _first(self) -> Path:
@@ -197,8 +218,12 @@ def newest_sheet(folder: Path) -> Tensor:
 
 
 def newest_plot(folder: Path) -> Tensor:
-    """The plot of a run as an IMAGE."""
-    return _image(folder / "plot.png")
+    """The plot of a run as an IMAGE; drawn from its log where the run was stopped before it was."""
+    path = folder / "plot.png"
+    if not path.is_file():
+        rows = _rows(folder / "losses.csv")
+        Image.fromarray(plot([(int(row["step"]), float(row["loss"])) for row in rows])).save(path)
+    return _image(path)
 
 
 def summary(folder: Path) -> str:

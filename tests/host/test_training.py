@@ -70,13 +70,13 @@ def dataset(encoders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return cached(tmp_path_factory.mktemp("data") / "nine", **encoders)
 
 
-def cached(folder: Path, clip: Any, vae: Any, hints: str = "given") -> Dataset:
+def cached(folder: Path, clip: Any, vae: Any, hints: str = "given", count: int = 9) -> Dataset:
     """Nine blurred pictures with blurred hints and three prompts."""
     from zeroconv.nodes.host import dataset as host_dataset
 
     pictures, drawn = ((picture(seed, 9, SIZE, SIZE).numpy() * 255).astype(np.uint8) for seed in (1, 2))
     prompts = ("", "a red ball", "a blue cube")
-    items = [Item(f"{i}", pictures[i], prompts[i % 3], drawn[i]) for i in range(9)]
+    items = [Item(f"{i}", pictures[i], prompts[i % 3], drawn[i]) for i in range(count)]
 
     for _ in make(folder, items, *host_dataset.encoders(vae, clip), None, CachingOptions(SIZE, hints=hints)):
         pass
@@ -94,6 +94,23 @@ def output(host: Host, tmp_path: Path) -> Iterator[Path]:
     folder_paths.set_output_directory(before)
     for path in (host.folder / "zeroconv").glob("*"):
         path.unlink()
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the node says at the end of each training."""
+    from zeroconv.nodes.host import training
+
+    said: list[str] = []
+    train = training.train
+
+    def heard(*given: Any) -> Any:
+        found = train(*given)
+        said.append(found.says)
+        return found
+
+    monkeypatch.setattr("zeroconv.nodes.train.train", heard)
+    return said
 
 
 Run = Callable[..., tuple]
@@ -327,6 +344,106 @@ def test_cancel_inside_a_score_keeps_the_step_too(
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         run(dataset=made, fidelity="annotator")
     assert [path.name for path in checkpoint.files(output / "mine" / "checkpoints")] == ["step-00000002.safetensors"]
+
+
+def test_after_cancel_its_control_is_listed_and_fewer_steps_give_it(
+    run: Run, host: Host, output: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import comfy.model_management
+    import folder_paths
+
+    from zeroconv.nodes.host import training
+
+    said: list[str] = []
+    monkeypatch.setattr(training, "say", lambda text, _: said.append(text))
+    with monkeypatch.context() as patch:
+        cancel_after(patch, 3)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(steps=6, options={**RARER, "ema": 0.9})
+    file = host.folder / "zeroconv" / "mine.safetensors"
+    interim = load_file(file)
+    assert "zeroconv/mine.safetensors" in [
+        Path(name).as_posix() for name in folder_paths.get_filename_list("controlnet")
+    ]
+    assert {tensor.dtype for tensor in interim.values()} == {torch.float16}
+    (text,) = said
+    assert text.startswith(
+        f"stopped: {Path('zeroconv/mine.safetensors')} is the control so far. Queue again to train on"
+    )
+    (output / "mine" / "plot.png").unlink(missing_ok=True)
+    before = losses(output / "mine")
+    control, plot, samples, name = run(steps=2, options={**RARER, "ema": 0.9})
+    assert losses(output / "mine") == before
+    assert len(before) == 3
+    assert Path(name) == Path("zeroconv/mine.safetensors")
+    assert sorted(path.name for path in file.parent.iterdir()) == ["mine.safetensors"]
+    assert_bits({key: tensor.half() for key, tensor in load_file(file).items()}, interim)
+    assert plot.shape[1] > 200
+    assert samples.shape[1] > 2 * SIZE
+    (again,) = host.call("LoadControlNet", control_net_name=name)
+    assert again.loaded is control.loaded
+    whole = file.read_bytes()
+    with pytest.raises(Exception, match="this run began with seed 0, found 1"):
+        run(steps=6, seed=1, options={**RARER, "ema": 0.9})
+    assert file.read_bytes() == whole  # what is there is no less than what there is to hand out
+
+
+def test_a_checkpoint_in_the_controlnet_folder_is_loaded_and_trained_on(run: Run, host: Host, output: Path):
+    control, *_ = run(steps=2, sample_every=0, options={**RARER, "ema": 0.9})
+    saved = output / "mine" / "checkpoints" / "step-00000002.safetensors"
+    (host.folder / "zeroconv" / "resumed.safetensors").write_bytes(saved.read_bytes())
+    (loaded,) = host.call("LoadControlNet", control_net_name="zeroconv/resumed.safetensors")
+    assert_bits(loaded.loaded.control.state_dict(), control.loaded.control.state_dict())
+    begun, *_ = run(name="next", steps=1, sample_every=0, learning_rate=0.0, control_net=loaded)
+    assert_bits(begun.loaded.control.state_dict(), control.loaded.control.state_dict())
+
+
+def test_a_control_lora_of_the_loader_is_trained_on_as_a_full_copy(run: Run, host: Host, model: Any):
+    from zeroconv.nodes.host.weights import base_weights
+
+    lora, *_ = run(steps=2, sample_every=0, kind="control_lora")
+    full, *_ = run(name="full", steps=1, sample_every=0, learning_rate=0.0, control_net=lora)
+    assert full.loaded.control.kind == "ControlNet"
+    merged = lora.loaded.control.merged(base_weights(model))
+    assert_bits({key: tensor.cpu() for key, tensor in full.loaded.control.state_dict().items()}, merged)
+    with pytest.raises(
+        Exception, match="a Control-LoRA cannot be trained on here: kind lite goes on with a ControlNet-l"
+    ):
+        run(name="lite", steps=1, control_net=lora, kind="lite")
+
+
+def test_the_best_control_is_listed_where_it_is_not_the_last(
+    run: Run, host: Host, texts: list[str], monkeypatch: pytest.MonkeyPatch, output: Path
+):
+    from zeroconv.nodes.host import training
+
+    scores = iter([0.1, 0.9, 0.2])
+    monkeypatch.setattr(training, "structure", lambda *_: next(scores))
+    run()
+    file = host.folder / "zeroconv" / "mine-best.safetensors"
+    assert_bits(load_file(file), load_file(output / "mine" / "control-best.safetensors"))
+    assert f"fidelity was highest at step 2: saved {Path('zeroconv/mine-best.safetensors')} too" in texts[0]
+    assert texts[0].splitlines()[-1].startswith("next: connect control_net to Apply Control")
+
+
+def test_zeroconv_is_not_put_twice_into_a_name(run: Run, output: Path):
+    *_, name = run(name="zeroconv/named", steps=1, sample_every=0)
+    assert Path(name) == Path("zeroconv/named.safetensors")
+    assert (output / "named" / "control.safetensors").is_file()
+    (output / "zeroconv" / "earlier").mkdir(parents=True)  # as an earlier version of the pack began it
+    run(name="zeroconv/earlier", steps=1, sample_every=0)
+    assert (output / "zeroconv" / "earlier" / "control.safetensors").is_file()
+
+
+def test_a_dataset_that_grew_is_told_of(
+    run: Run, encoders: dict[str, Any], texts: list[str], tmp_path: Path, output: Path
+):
+    run(dataset=cached(tmp_path / "grown", **encoders, count=8), steps=2)
+    _, _, samples, _ = run(dataset=cached(tmp_path / "grown", **encoders), steps=4)
+    assert len(losses(output / "mine")) == 4
+    assert samples.shape[2] > 4 * SIZE  # the pictures that are watched are the same, with their samples before training
+    assert "has changed" not in texts[0]
+    assert texts[1].startswith("the dataset has changed since step 2 (pictures: 1 added): training goes on with the 9")
 
 
 def test_a_finished_run_is_given_as_it_is_and_goes_on_with_more_steps(

@@ -189,6 +189,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_goes_on(
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert checkpoint.files(tmp_path / "run" / "checkpoints")[0].name == "step-00000002.safetensors"
     assert not (tmp_path / "run" / "control.safetensors").exists()
+    assert read_weights(tmp_path / "run" / "controls" / "step-00000002.safetensors")[1]["trained_steps"] == "2"
     monkeypatch.undo()
     assert command.main([file]) == 0
     assert losses(tmp_path / "run") == losses(whole / "run")
