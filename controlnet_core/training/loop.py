@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.dataset import Batches, Dataset, to_device
-from ..diffusion import add_noise
+from ..data.dataset import Batches, Dataset
 from ..errors import ZeroConvError
 from ..files.saving import SaveError
 from ..keys import State
 from ..networks.unet import UNetConfig
-from . import checkpoint, memory, objective, optimizer
+from . import checkpoint, memory, optimizer
 from .controlled_unet import ControlledUNet, build
 from .distributed import ALONE, DistributedError, Process
 from .fidelity import HeldOut, Score, structure
-from .inputs import Inputs, Passes, check_text_embeddings
+from .inputs import Ahead, Passes, check_text_embeddings
 from .options import OptionsError, TrainingOptions
 from .state import TrainingState
+from .step import CudaGraphs, Steps
 
 log = logging.getLogger(__name__)
 
@@ -117,32 +116,21 @@ def train(
     }
     del base  # the controlled UNet has its own
     _resume(state, checkpoints, options, facts, process)
+    ahead = Ahead(passes, options.steps * options.accumulation)
+    steps = Steps(network, state, ahead, alphas, options, process, CudaGraphs() if options.graphs else None)
 
     try:
         if state.step == 0:
             yield _report(state, options, held_out, controlled)
         while state.step < options.steps:
             started = time.monotonic()
-            factor = optimizer.factor(options, state.step)
-            for group in state.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-
-            total = torch.zeros((), device=device)
-            for i in range(options.accumulation):
-                inputs = to_device(passes[state.step * options.accumulation + i], device)
-                with nullcontext() if i + 1 == options.accumulation else _gradients_apart(network):
-                    loss = pass_loss(network, inputs, alphas, options) / options.accumulation
-                    state.scaler.scale(loss).backward()
-                total += loss.detach()
-            norm = state.clip_gradients(options.clip).item()
-            value = process.mean(total).item()
+            value, norm = steps.take()
             if not isfinite(value) or not (isfinite(norm) or state.scaler.is_enabled()):
                 raise TrainingStopped(
-                    f"the loss of step {state.step + 1} is {value}, its gradient {norm}: numbers have grown beyond "
+                    f"the loss of step {state.step} is {value}, its gradient {norm}: numbers have grown beyond "
                     f"{options.precision}. {checkpoint.kept(checkpoints)} Lower learning_rate, or choose precision "
                     "fp32 or bf16."
                 )
-            state.advance()
             state.seconds += time.monotonic() - started
 
             try:
@@ -160,23 +148,11 @@ def train(
             f"out of memory at step {state.step + 1} with batch_size {options.batch_size}. "
             f"{checkpoint.kept(checkpoints)} {memory.advice(options)}"
         ) from error
+    finally:
+        ahead.close()
     if process.rank == 0:
         state.use_averages()
         checkpoint.write_control(folder, controlled, options, state.step)
-
-
-def pass_loss(network: nn.Module, inputs: Inputs, alphas: Tensor, options: TrainingOptions) -> Tensor:
-    """The loss of one pass of a `ControlledUNet` (paper, equation 3)."""
-    noisy = add_noise(inputs.latents, inputs.noise, inputs.timesteps, alphas)
-    with options.autocast(alphas.device):
-        predicted = network(noisy, inputs.timesteps, inputs.context, inputs.hints, inputs.y)
-    target = objective.target(options.prediction, inputs.latents, inputs.noise, inputs.timesteps, alphas)
-    return objective.loss(predicted, target, objective.weights(options, inputs.timesteps, alphas))
-
-
-def _gradients_apart(network: nn.Module) -> AbstractContextManager[Any]:
-    """Within it each process adds up its own gradients; the next pass outside exchanges their sum."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 def _report(
@@ -197,7 +173,7 @@ def _report(
         step=state.step,
         steps=options.steps,
         loss=loss,
-        learning_rate=state.optimizer.param_groups[0]["lr"],
+        learning_rate=float(state.optimizer.param_groups[0]["lr"]),
         gradient_norm=norm,
         seconds=state.seconds,
         examples=state.step * options.batch_size * options.accumulation,

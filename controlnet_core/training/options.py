@@ -35,7 +35,7 @@ class TrainingOptions:
     `decoder_learning_rate`. `empty_prompts` is the share of prompts that become the empty one. `min_snr` is the gamma
     of min-SNR weighting (Hang et al., 2023), `ema` the decay of the average of the weights; 0 turns either off.
     `warmup` is in steps, `clip` the largest norm of a step's gradient. Every `sample_every` steps `held_out` pictures
-    that are never trained on are sampled and scored; 0 turns that off.
+    that are never trained on are sampled and scored; 0 turns that off. `graphs` captures a step as CUDA graphs.
     """
 
     steps: int = 10_000
@@ -72,6 +72,8 @@ class TrainingOptions:
     held_out: int = 4
     sample_steps: int = 20
     guidance_scale: float = 5.0
+
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
@@ -139,6 +141,7 @@ MEANINGS = {
     "held_out": "pictures that are never trained on, only sampled and scored",
     "sample_steps": "sampling steps of such a sample",
     "guidance_scale": "guidance scale of such a sample",
+    "graphs": "capture a step as CUDA graphs, which NVIDIA's GPUs launch at once; no GPU has tried this yet",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 

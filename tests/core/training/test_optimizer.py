@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from zeroconv.controlnet_core.training.optimizer import average, factor, make
+from zeroconv.controlnet_core.training.optimizer import average, factor, make, share
 from zeroconv.controlnet_core.training.options import OptionsError
 
 from .tiny import quick
@@ -80,8 +80,8 @@ def test_8_bit_without_bitsandbytes_is_answered(monkeypatch: pytest.MonkeyPatch)
 
 def test_average_written_out():
     averages, parameters = {"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}
-    average(averages, parameters, 0.5, step=1)  # decay 1/11, as early steps have it
+    average(averages, parameters, share(0.5, step=1))  # decay 1/11, as early steps have it
     assert averages["w"].item() == pytest.approx(10 / 11)
-    average(averages, {"w": torch.tensor([3.0])}, 0.5, step=1000)
+    average(averages, {"w": torch.tensor([3.0])}, share(0.5, step=1000))
     assert averages["w"].item() == pytest.approx(0.5 * 10 / 11 + 0.5 * 3)
     assert parameters["w"].item() == 1
