@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Ahead:
         if not self._pinned:
             return inputs
         tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-        return Inputs(**{name: None if each is None else each.pin_memory() for name, each in tensors.items()})
+        return replace(inputs, **{name: x.pin_memory() for name, x in tensors.items() if x is not None})
 
     def close(self) -> None:
         """Let go of the thread, once it has read what it reads now."""

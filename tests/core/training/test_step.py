@@ -123,7 +123,8 @@ def test_what_changes_from_step_to_step_lies_in_tensors(data: Dataset, tmp_path:
 
 def test_gradients_stay_where_they_are(data: Dataset, tmp_path: Path, graphs: StandIn):
     places = []
-    with closing(training(quick(steps=6, graphs=True), data, tmp_path)) as running:
+    running: Any = training(quick(steps=6, graphs=True), data, tmp_path)
+    with closing(running):
         for progress in running:
             parameters = running.gi_frame.f_locals["state"].weights.values()
             if progress.step:
