@@ -27,7 +27,7 @@ SELDOM = (
     *("sample_steps", "guidance_scale"),
     *("huber", "offset_noise", "min_timestep", "max_timestep", "zero_terminal_snr"),
     *("fit_memory", "recompute", "optimizer_in_ram", "base_weights", "control_weights"),
-    *("keep_controls", "control_dtype"),
+    *("keep_controls", "control_dtype", "graphs"),
 )
 """Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
 

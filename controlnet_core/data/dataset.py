@@ -245,10 +245,10 @@ class Dataset:
     def _opened(self, file: str) -> Iterator[Rows]:
         """A file of the dataset, open for as long as it is read: Windows deletes and replaces none that is open."""
         try:
-            if file in self._unseen:
-                if wrong := damage(self.folder, self._unseen[file]):
+            if unseen := self._unseen.get(file):
+                if wrong := damage(self.folder, unseen):
                     raise _damaged(self.folder, wrong)
-                del self._unseen[file]
+                self._unseen.pop(file, None)  # another thread may have seen it meanwhile
             with opened(self.folder / file) as rows:
                 yield rows
         except (OSError, HeaderError) as error:
@@ -290,10 +290,11 @@ def _damaged(folder: Path, what: str) -> DatasetError:
     )
 
 
-def to_device(record: Record, device: torch.device) -> Record:
-    """A dataclass of tensors, some of which may be None, on `device`."""
+def to_device(record: Record, device: torch.device, copy: bool = False) -> Record:
+    """A dataclass of tensors, some of which may be None, on `device`; with `copy` none of them is one that is given."""
     tensors = {each.name: getattr(record, each.name) for each in fields(record)}
-    return replace(record, **{name: x.to(device, non_blocking=True) for name, x in tensors.items() if x is not None})
+    moved = {name: x.to(device, non_blocking=True, copy=copy) for name, x in tensors.items() if x is not None}
+    return replace(record, **moved)
 
 
 def stack_contexts(contexts: Sequence[Tensor], empty: Tensor) -> Tensor:

@@ -251,7 +251,7 @@ class Block(nn.Sequential):
         self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None
     ) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._run, x, emb, context, size, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(self._run, x, emb, context, size, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
         return self._run(x, emb, context, size)
 
     def _run(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None) -> Tensor:

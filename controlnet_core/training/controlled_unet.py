@@ -41,7 +41,11 @@ class ControlledUNet(nn.Module):
     ) -> Tensor:
         """Prediction (B,4,h,w) for noisy latents; `hints` are (B,C,8h,8w) in [0,1]."""
         encode = self.control.encode_hint
-        guided_hint = checkpoint(encode, hints, use_reentrant=False) if self.checkpointing else encode(hints)
+        guided_hint = (
+            checkpoint(encode, hints, use_reentrant=False, preserve_rng_state=False)
+            if self.checkpointing
+            else encode(hints)
+        )
         return self.predict(noisy, timesteps, context, guided_hint, y)  # type: ignore[arg-type]
 
     def predict(

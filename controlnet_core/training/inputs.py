@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +58,37 @@ class Passes:
         return Inputs(
             batch.latents, draws.noise, draws.timesteps, context, batch.hints, sdxl_vector(pooled, batch.sizes)
         )
+
+
+class Ahead:
+    """`passes`, each read and drawn in a thread while the one before it is trained on; there are `count` of them.
+
+    For a CUDA device they come in memory from which it copies by itself.
+    """
+
+    def __init__(self, passes: Passes, count: int):
+        self._passes, self._count = passes, count
+        self._pinned = passes.process.device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "passes")
+        self._next: tuple[int, Future[Inputs]] | None = None
+
+    def __getitem__(self, k: int) -> Inputs:
+        known = self._next is not None and self._next[0] == k
+        found = self._next[1] if known and self._next else self._thread.submit(self._read, k)
+        inputs = found.result()
+        self._next = (k + 1, self._thread.submit(self._read, k + 1)) if k + 1 < self._count else None
+        return inputs
+
+    def _read(self, k: int) -> Inputs:
+        inputs = self._passes[k]
+        if not self._pinned:
+            return inputs
+        tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+        return replace(inputs, **{name: x.pin_memory() for name, x in tensors.items() if x is not None})
+
+    def close(self) -> None:
+        """Let go of the thread, once it has read what it reads now."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 FIXED = (0.1, 0.3, 0.5, 0.7, 0.9)

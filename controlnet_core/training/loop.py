@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.dataset import Batches, Dataset, to_device
-from ..diffusion import add_noise
 from ..errors import ZeroConvError
 from ..files.kinds import kind_of
 from ..files.saving import SaveError
@@ -29,9 +28,10 @@ from .checkpoint import Checkpoint
 from .controlled_unet import ControlledUNet, build
 from .distributed import ALONE, DistributedError, Process
 from .fidelity import HeldOut, Score, structure
-from .inputs import Inputs, Passes, check_text_embeddings, fixed
+from .inputs import Ahead, Passes, check_text_embeddings, fixed
 from .options import OptionsError, TrainingOptions
 from .state import TrainingState
+from .step import CudaGraphs, Steps, pass_loss
 from .writer import CHECKPOINTS, Writer, plan
 
 log = logging.getLogger(__name__)
@@ -151,38 +151,27 @@ def train(
     del base, begin, saved
     report = Reports(state, options, held_out, controlled, tuple(notes))
     writer = Writer(folder, controlled, options, facts, process)
+    ahead = Ahead(passes, options.steps * options.accumulation)
+    steps = Steps(network, state, ahead, alphas, options, process, CudaGraphs() if options.graphs else None)
     if state.step < options.steps and process.rank == 0:
         log.info("%s", plan(folder, state, options))
         pictures.note(folder, dataset)
 
-    with closing(writer), _failures(state, options, writer):
+    with closing(ahead), closing(writer), _failures(state, options, writer):
         if state.step == 0:
             started = time.monotonic()
             yield report()
             report.sampling = time.monotonic() - started
         while state.step < options.steps:
             started = time.monotonic()
-            factor = optimizer.factor(options, state.step)
-            for group in state.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-
-            total = torch.zeros((), device=device)
-            for i in range(options.accumulation):
-                inputs = to_device(passes[state.step * options.accumulation + i], device)
-                with nullcontext() if i + 1 == options.accumulation else _gradients_apart(network):
-                    loss = pass_loss(network, inputs, alphas, options) / options.accumulation
-                    state.scaler.scale(loss).backward()
-                total += loss.detach()
-            norm = state.clip_gradients(options.clip).item()
-            value = process.mean(total).item()
+            value, norm = steps.take()
             if not isfinite(value) or not (isfinite(norm) or state.scaler.is_enabled()):
                 writer.rest()
                 raise TrainingStopped(
-                    f"the loss of step {state.step + 1} is {value}, its gradient {norm}: numbers have grown beyond "
+                    f"the loss of step {state.step} is {value}, its gradient {norm}: numbers have grown beyond "
                     f"{options.precision}. {checkpoint.kept(checkpoints)} Lower learning_rate, or choose precision "
                     "fp32 or bf16."
                 )
-            state.advance()
             ended = time.monotonic()
             state.seconds += ended - started
 
@@ -231,21 +220,6 @@ def _failures(state: TrainingState, options: TrainingOptions, writer: Writer) ->
         ) from error
 
 
-def pass_loss(network: nn.Module, inputs: Inputs, alphas: Tensor, options: TrainingOptions) -> Tensor:
-    """The loss of one pass of a `ControlledUNet` (paper, equation 3)."""
-    noisy = add_noise(inputs.latents, inputs.noise, inputs.timesteps, alphas)
-    with options.autocast(alphas.device):
-        predicted = network(noisy, inputs.timesteps, inputs.context, inputs.hints, inputs.y)
-    target = objective.target(options.prediction, inputs.latents, inputs.noise, inputs.timesteps, alphas)
-    weights = objective.weights(options, inputs.timesteps, alphas)
-    return objective.loss(predicted, target, weights, options.huber)
-
-
-def _gradients_apart(network: nn.Module) -> AbstractContextManager[Any]:
-    """Within it each process adds up its own gradients; the next pass outside exchanges their sum."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
-
-
 @dataclass
 class Reports:
     """Says how far a training is; `sampling` and `saving` are the seconds that each took the last time."""
@@ -274,7 +248,7 @@ class Reports:
             step=state.step,
             steps=options.steps,
             loss=loss,
-            learning_rate=state.optimizer.param_groups[0]["lr"],
+            learning_rate=float(state.optimizer.param_groups[0]["lr"]),
             gradient_norm=norm,
             seconds=state.seconds,
             examples=state.step * options.batch_size * options.accumulation,

@@ -97,13 +97,28 @@ def factor(options: TrainingOptions, step: int) -> float:
     return rise * (1 - done) if options.schedule == "linear" else rise
 
 
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Give a group of parameters a learning rate; one that lies in a tensor is written there."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def share(decay: float, step: int) -> float:
+    """How much of the weights goes into their averages after `step` steps; more of early ones (Karras et al., 2022)."""
+    return 1 - min(decay, step / (step + 10))
+
+
 @torch.no_grad()
-def average(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float, step: int) -> None:
-    """Move the averages towards the weights after `step` steps; early ones with less decay (Karras et al., 2022).
+def average(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], share: float | Tensor) -> None:
+    """Move the averages towards the weights by a `share` of the way.
 
     Whole numbers, as some buffers are, are taken as they are.
     """
-    decay = min(decay, step / (step + 10))
     for name, kept in averages.items():
         weight = weights[name]
-        kept.lerp_(weight.to(kept.dtype), 1 - decay) if kept.is_floating_point() else kept.copy_(weight)
+        if kept.is_floating_point():
+            kept.lerp_(weight.to(kept.dtype), share)
+        else:
+            kept.copy_(weight)

@@ -40,7 +40,8 @@ class TrainingOptions:
     of min-SNR weighting (Hang et al., 2023), `ema` the decay of the average of the weights; 0 turns either off.
     `warmup` is in steps, `clip` the largest norm of a step's gradient. Every `sample_every` steps `held_out` pictures
     that are never trained on are sampled and scored; 0 turns that off. Timesteps are drawn from
-    `min_timestep <= t < max_timestep`. `huber` is the c of the pseudo-Huber loss, 0 for squares.
+    `min_timestep <= t < max_timestep`. `huber` is the c of the pseudo-Huber loss, 0 for squares. `graphs` captures a
+    step as CUDA graphs.
     """
 
     steps: int = 10_000
@@ -91,6 +92,7 @@ class TrainingOptions:
     control_weights: str = "fp32"
     keep_controls: int = 4
     control_dtype: str = "fp16"
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
@@ -195,6 +197,7 @@ MEANINGS = {
     "that small ones are not lost)",
     "keep_controls": "controls that are kept in the folder controls: one is written with each checkpoint",
     "control_dtype": "what these controls are written in: fp16, bf16 or fp32; control.safetensors in the end is exact",
+    "graphs": "capture a step as CUDA graphs, which NVIDIA's GPUs launch at once; no GPU has tried this yet",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 

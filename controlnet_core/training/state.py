@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..keys import State
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .convergence import best, has_fallen, sudden_convergence
-from .optimizer import average, counted
+from .optimizer import average, counted, share
 
 
 @dataclass
@@ -46,11 +46,18 @@ class TrainingState:
 
     def advance(self) -> None:
         """Make the step that the gradients say, forget them, and let the averages follow."""
+        self.step += 1
+        self.update(share(self.decay, self.step))
+
+    def update(self, share: float | Tensor, keep_gradients: bool = False) -> None:
+        """As `advance`, which counts too; the averages take a `share` of the weights.
+
+        With `keep_gradients` these become 0 where they are, for what is captured in a graph.
+        """
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        average(self.averages, self.weights, self.decay, self.step)
+        self.optimizer.zero_grad(set_to_none=not keep_gradients)
+        average(self.averages, self.weights, share)
 
     def add_fidelity(self, fidelity: float) -> None:
         """Take down what was measured after this step."""

@@ -200,5 +200,5 @@ def test_a_training_step_reads_no_more_than_its_loss_and_norm(second: torch.devi
     data = dataset(tmp_path / "data")
     with second_device.transfers() as moves:
         fit(quick(steps=6, save_every=6, held_out=0), data, tmp_path / "run", process=Process(device=second))
-    reads = [move for move in moves if move.way == "read" and "loop.py" in move.line]
+    reads = [move for move in moves if move.way == "read" and "step.py" in move.line]
     assert len(reads) == 2 * 6, [move.line for move in reads]

@@ -123,16 +123,16 @@ import runpy, sys
 runpy.run_path({root!r} + "/dev.py")
 import os, signal
 from zeroconv.controlnet_core.training import __main__ as command
-from zeroconv.controlnet_core.training import loop
+from zeroconv.controlnet_core.training import step
 passes = 0
-fit = loop.objective.loss
+fit = step.objective.loss
 def loss(*arguments):
     global passes
     passes += 1
     if passes == 3 and os.environ["RANK"] == "1":
         {what}
     return fit(*arguments)
-loop.objective.loss = loss
+step.objective.loss = loss
 sys.exit(command.main(sys.argv[1:]))
 """
 

@@ -16,7 +16,7 @@ from zeroconv.controlnet_core.data.manifest import DatasetError
 from zeroconv.controlnet_core.files.loading import load_control, load_unet, read_weights
 from zeroconv.controlnet_core.networks.controlnet import BaseMismatch
 from zeroconv.controlnet_core.networks.unet import UNet, UNetConfig
-from zeroconv.controlnet_core.training import loop
+from zeroconv.controlnet_core.training import inputs, loop
 from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet, build
 from zeroconv.controlnet_core.training.options import OptionsError, TrainingOptions
 
@@ -259,7 +259,7 @@ def test_two_passes_of_two_are_one_of_four(data: Dataset, tmp_path: Path, monkey
         whole = drawing(quick(), 0, torch.Size((4, *shape[1:])), timesteps)
         return whole if shape[0] == 4 else whole.part(slice(2 * number, 2 * number + 2))
 
-    monkeypatch.setattr(loop.objective, "draw", draw)
+    monkeypatch.setattr(inputs.objective, "draw", draw)
     monkeypatch.setattr(Batches, "__getitem__", lambda self, k: rows[0])
     one = fit(quick(steps=1, batch_size=4), data, tmp_path / "one")[1]
     monkeypatch.setattr(Batches, "__getitem__", lambda self, k: rows[0][2 * k : 2 * k + 2])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zeroconv.controlnet_core.data.dataset import Dataset
-from zeroconv.controlnet_core.training.optimizer import LIBRARIES, average, counted, factor, make
+from zeroconv.controlnet_core.training.optimizer import LIBRARIES, average, counted, factor, make, share
 from zeroconv.controlnet_core.training.options import OPTIMIZERS, OptionsError
 
 from . import other_optimizers
@@ -167,8 +167,8 @@ def test_a_run_that_is_resumed_is_the_run_that_never_stopped(
 
 def test_average_written_out():
     averages, parameters = {"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}
-    average(averages, parameters, 0.5, step=1)  # decay 1/11, as early steps have it
+    average(averages, parameters, share(0.5, step=1))  # decay 1/11, as early steps have it
     assert averages["w"].item() == pytest.approx(10 / 11)
-    average(averages, {"w": torch.tensor([3.0])}, 0.5, step=1000)
+    average(averages, {"w": torch.tensor([3.0])}, share(0.5, step=1000))
     assert averages["w"].item() == pytest.approx(0.5 * 10 / 11 + 0.5 * 3)
     assert parameters["w"].item() == 1

@@ -1,0 +1,248 @@
+"""Steps as graphs are the steps op by op: with a stand-in for capture here, with CUDA's own where there is a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zeroconv.controlnet_core.data.dataset import Batches, Dataset
+from zeroconv.controlnet_core.training import loop, optimizer
+from zeroconv.controlnet_core.training.distributed import ALONE
+from zeroconv.controlnet_core.training.inputs import Ahead, Passes
+
+from .tiny import dataset, fit, losses, quick, training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return dataset(tmp_path_factory.mktemp("data"))
+
+
+class StandIn:
+    """Captures by keeping the function: a replay computes again, from the same tensors, what a graph would launch.
+
+    Like a graph it reads numbers that lie in tensors alone: what the function reads besides is set to what it was.
+    """
+
+    refusal: str | None = None
+    error: str | None = None
+
+    def __init__(self) -> None:
+        self.captured, self.replayed, self.inside = 0, 0, False
+
+    def refuses(self, device: torch.device) -> str | None:
+        return self.refusal
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        assert self.inside
+        if self.error:
+            raise RuntimeError(self.error)
+        self.captured += 1
+
+        def replay() -> None:
+            assert self.inside
+            self.replayed += 1
+            function()
+
+        return replay
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The stand-in of all trainings of the test."""
+    made = StandIn()
+    monkeypatch.setattr(loop, "CudaGraphs", lambda: made)
+    return made
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "schedule": {"schedule": "cosine", "warmup": 2},
+    "average": {"ema": 0.9},
+    "accumulation": {"accumulation": 3},
+    "lite": {"kind": "lite"},
+    "Control-LoRA": {"kind": "control_lora", "rank": 4},
+    "decoder": {"unlock_decoder": True, "decoder_learning_rate": 1e-4},
+    "middle": {"middle_only": True},
+    "recomputed": {"gradient_checkpointing": True},
+    "bf16": {"precision": "bf16"},
+    "sampling": {"sample_every": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_losses_of_eager_steps(data: Dataset, tmp_path: Path, graphs: StandIn, variant: str):
+    options = {"steps": 8, "connections": "gaussian", "learning_rate": 1e-4, **VARIANTS[variant]}
+    eager, found = (
+        fit(quick(**options, graphs=on), data, tmp_path / name) for name, on in (("eager", False), ("graphs", True))
+    )
+    assert losses(found) == pytest.approx(losses(eager), rel=2e-3 if variant == "bf16" else 1e-5)
+    assert [each.learning_rate for each in found] == pytest.approx([each.learning_rate for each in eager], rel=1e-6)
+    shapes = {data.bucket_of(Batches(data, data.split(2, 0)[1], 2, 0)[k][0]) for k in range(8)}
+    assert graphs.captured == 1 + len(shapes)
+    passes = 8 * options.get("accumulation", 1)
+    assert graphs.replayed == (passes - len(shapes)) + (8 - 1)  # all but the first of each shape, and the first end
+
+
+def test_what_changes_from_step_to_step_lies_in_tensors(data: Dataset, tmp_path: Path, graphs: StandIn, monkeypatch):
+    """A graph keeps the numbers of its capture: nothing that it holds may ask for new ones."""
+    asked = []
+    for name in ("factor", "share", "set_rate"):
+        function = getattr(optimizer, name)
+        monkeypatch.setattr(optimizer, name, lambda *a, f=function: (asked.append(replaying), f(*a))[1])
+    replaying = False
+    capture = graphs.capture
+
+    def watched(function: Callable[[], None]) -> Callable[[], None]:
+        replay = capture(function)
+
+        def run() -> None:
+            nonlocal replaying
+            replaying = True
+            replay()
+            replaying = False
+
+        return run
+
+    monkeypatch.setattr(graphs, "capture", watched)
+    fit(quick(steps=6, ema=0.9, schedule="linear", graphs=True), data, tmp_path)
+    assert graphs.replayed and len(asked) >= 18 and not any(asked)
+
+
+def test_gradients_stay_where_they_are(data: Dataset, tmp_path: Path, graphs: StandIn):
+    places = []
+    running: Any = training(quick(steps=6, graphs=True), data, tmp_path)
+    with closing(running):
+        for progress in running:
+            parameters = running.gi_frame.f_locals["state"].weights.values()
+            if progress.step:
+                places.append([None if each.grad is None else each.grad.data_ptr() for each in parameters])
+                assert all(each.grad is None or not each.grad.any() for each in parameters)
+    assert all(each == places[0] for each in places) and any(places[0])
+
+
+def test_a_stopped_run_goes_on(data: Dataset, tmp_path: Path, graphs: StandIn):
+    options = quick(steps=8, graphs=True, ema=0.9)
+    whole = losses(fit(options, data, tmp_path / "whole"))
+    with closing(training(options, data, tmp_path / "parts")) as running:
+        first = [next(running).loss for _ in range(5)]
+    rest = losses(fit(options, data, tmp_path / "parts"))
+    assert first[1:] + rest == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "fp16"}, "fp16 waits for the device"),
+        ({}, "graphs are for others"),
+    ],
+)
+def test_where_there_are_none(
+    data: Dataset, tmp_path: Path, graphs: StandIn, caplog: pytest.LogCaptureFixture, options: dict, said: str
+):
+    caplog.set_level(logging.INFO)
+    graphs.refusal = None if options else "graphs are for others"
+    found = losses(fit(quick(**options, graphs=True), data, tmp_path / "graphs"))
+    assert f"no graphs: {said}" in caplog.text and not graphs.captured
+    assert found == losses(fit(quick(**options), data, tmp_path / "eager"))
+
+
+def test_a_capture_that_fails_is_given_up(
+    data: Dataset, tmp_path: Path, graphs: StandIn, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    graphs.error = "operation not permitted\n  when stream is capturing"
+    found = losses(fit(quick(steps=6, graphs=True), data, tmp_path / "graphs"))
+    assert caplog.text.count("graphs are given up (operation not permitted when stream is capturing)") == 1
+    assert found == pytest.approx(losses(fit(quick(steps=6), data, tmp_path / "eager")), rel=1e-5)
+
+
+def test_numbers_that_grow_stop_the_run(data: Dataset, tmp_path: Path, graphs: StandIn):
+    options = quick(steps=12, save_every=2, learning_rate=1.0, connections="gaussian", clip=0.0, graphs=True)
+    with pytest.raises(loop.TrainingStopped, match="numbers have grown beyond fp32"):
+        list(poisoned(training(options, data, tmp_path), after=5))
+    assert losses(fit(quick(steps=6, connections="gaussian", graphs=True), data, tmp_path))  # from step 4
+
+
+def poisoned(running: Any, after: int) -> Iterator[Any]:
+    """A training whose weights are no numbers once it has seen a step."""
+    for progress in running:
+        if progress.step == after:
+            for weight in running.gi_frame.f_locals["state"].weights.values():
+                weight.data.fill_(float("nan"))
+        yield progress
+
+
+# -- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def passes(data: Dataset) -> Passes:
+    options = quick(empty_prompts=0.5)
+    return Passes(data, Batches(data, range(len(data)), 2, 0), options, ALONE, 1000)
+
+
+def test_what_is_read_ahead_is_what_is_asked_for(data: Dataset):
+    plain = passes(data)
+    with closing(Ahead(plain, 9)) as ahead:
+        for k in (0, 1, 2, 5, 6, 3, 8, 0):
+            found, expected = ahead[k], plain[k]
+            for name in ("latents", "noise", "timesteps", "context", "hints"):
+                assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_the_next_pass_is_read_while_this_one_is_trained_on(data: Dataset, monkeypatch: pytest.MonkeyPatch):
+    import threading
+
+    read, own = [], Passes.__getitem__
+
+    def watched(self: Passes, k: int) -> Any:
+        read.append((k, threading.current_thread() is threading.main_thread()))
+        return own(self, k)
+
+    monkeypatch.setattr(Passes, "__getitem__", watched)
+    ahead = Ahead(passes(data), 3)
+    for k in range(3):
+        assert ahead[k] is not None
+    ahead.close()
+    assert read == [(0, False), (1, False), (2, False)]  # each once, none by the one who trains, none beyond the last
+
+
+def test_what_cannot_be_read_is_said_by_the_pass_that_needs_it(data: Dataset, monkeypatch: pytest.MonkeyPatch):
+    own = Passes.__getitem__
+
+    def broken(self: Passes, k: int) -> Any:
+        if k == 1:
+            raise OSError("the disk is gone")
+        return own(self, k)
+
+    monkeypatch.setattr(Passes, "__getitem__", broken)
+    with closing(Ahead(passes(data), 3)) as ahead:
+        assert ahead[0] is not None
+        with pytest.raises(OSError, match="the disk is gone"):
+            ahead[1]
+
+
+# -- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["plain", "average", "accumulation", "decoder", "Control-LoRA", "bf16"])
+def test_on_cuda(data: Dataset, tmp_path: Path, variant: str):
+    process = type(ALONE)(device=torch.device("cuda", 0))
+    options = {"steps": 8, "connections": "gaussian", "learning_rate": 1e-4, **VARIANTS[variant]}
+    eager, found = (
+        losses(fit(quick(**options, graphs=on), data, tmp_path / str(on), process=process)) for on in (False, True)
+    )
+    assert found == pytest.approx(eager, rel=2e-2 if variant == "bf16" else 1e-3)
