@@ -39,9 +39,10 @@ class Annotate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Annotate",
-            display_name="Annotate (ZeroConv)",
-            category="ZeroConv",
-            description="Makes a hint from a picture.",
+            display_name="ControlNet Preprocessor: depth, pose, canny ... (ZeroConv)",
+            category="ZeroConv/preprocess",
+            description="Makes a hint, the picture that a ControlNet follows: depth, pose, edges, lines, normals, "
+            "segments and more, each by a preprocessor (annotator) of its own.",
             inputs=[
                 io.Image.Input("image"),
                 io.Combo.Input("annotator", options=[annotator.name for annotator in ANNOTATORS]),

@@ -55,7 +55,7 @@ class MakeControlDataset(io.ComfyNode):
                     options=[dataset.GIVEN, *dataset.MAKERS],
                     default=dataset.GIVEN,
                     tooltip="given: the folder's own hints, or hints. Else what makes a hint of every picture, with "
-                    "its defaults; for others make them with Annotate.",
+                    "its defaults; for others make them with ControlNet Preprocessor.",
                 ),
                 io.Int.Input(
                     "annotator_resolution",

@@ -39,7 +39,7 @@ class MeasureControl(io.ComfyNode):
         return io.Schema(
             node_id="MeasureControl",
             display_name="Measure Control (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/inspect",
             description="How faithfully a result follows its hint: annotates the result again and compares the two.",
             inputs=[
                 io.Image.Input("image", tooltip="The result: what was sampled with the control."),
