@@ -8,6 +8,7 @@
     python dev.py bench NAME ...           one of benchmarks/
     python dev.py fuzz ...                 files and texts as strangers and broken disks make them
     python dev.py locales                  locales/ from its table, and what the table lacks
+    python dev.py marks                    the icon and the banner
     python dev.py setup                    only make the environment
 
 COMFYUI_PATH names a ComfyUI of your own (nothing is written into it); without it, the one that this folder lies in is
@@ -107,6 +108,11 @@ def locales(arguments: list[str]) -> int:
     return import_module("zeroconv.devtools.locales").main(arguments)
 
 
+def marks(arguments: list[str]) -> int:
+    """Draw the icon and the banner."""
+    return import_module("zeroconv.devtools.marks").main(arguments)
+
+
 def setup(arguments: list[str]) -> int:
     """Nothing more than what every command does first."""
     if arguments:
@@ -118,7 +124,7 @@ def setup(arguments: list[str]) -> int:
 
 COMMANDS = {
     "demo": demo, "test": test, "serve": serve, "lab": lab, "hints": hints, "bench": bench, "fuzz": fuzz,
-    "locales": locales, "setup": setup,
+    "locales": locales, "marks": marks, "setup": setup,
 }  # fmt: skip
 
 

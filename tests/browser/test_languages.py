@@ -17,7 +17,7 @@ ADD = """() => {
     for (const kind of ['ApplyControl', 'Annotate']) app.graph.add(LiteGraph.createNode(kind));
     return app.graph._nodes.map(node => [node.title, ...node.inputs.map(input => input.label ?? input.localized_name)]);
 }"""
-SENT = "async () => Object.values((await app.graphToPrompt()).output)"
+SENT = "async () => Object.values((await app.graphToPrompt()).output).map(node => node.inputs)"
 
 
 def test_a_page_in_german(front_end: FrontEnd):
