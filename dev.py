@@ -7,6 +7,8 @@
     python dev.py hints ...                what every annotator makes of one photograph, as pictures
     python dev.py bench NAME ...           one of benchmarks/
     python dev.py fuzz ...                 files and texts as strangers and broken disks make them
+    python dev.py locales                  locales/ from its table, and what the table lacks
+    python dev.py marks                    the icon and the banner
     python dev.py setup                    only make the environment
 
 COMFYUI_PATH names a ComfyUI of your own (nothing is written into it); without it, the one that this folder lies in is
@@ -103,6 +105,16 @@ def fuzz(arguments: list[str]) -> int:
     return import_module("zeroconv.devtools.fuzz").main(arguments)
 
 
+def locales(arguments: list[str]) -> int:
+    """Write what the nodes are called in other languages."""
+    return import_module("zeroconv.devtools.locales").main(arguments)
+
+
+def marks(arguments: list[str]) -> int:
+    """Draw the icon and the banner."""
+    return import_module("zeroconv.devtools.marks").main(arguments)
+
+
 def setup(arguments: list[str]) -> int:
     """Nothing more than what every command does first."""
     if arguments:
@@ -114,7 +126,7 @@ def setup(arguments: list[str]) -> int:
 
 COMMANDS = {
     "demo": demo, "test": test, "serve": serve, "lab": lab, "hints": hints, "bench": bench, "fuzz": fuzz,
-    "setup": setup,
+    "locales": locales, "marks": marks, "setup": setup,
 }  # fmt: skip
 
 

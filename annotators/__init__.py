@@ -131,6 +131,20 @@ The node's inputs come in this order, and saved workflows count on their places:
 away. A new annotator is a new line at the end, and so is a new parameter of an old one, below its annotator's name.
 """
 
+GROUPS: dict[str, tuple[str, ...]] = {
+    "edges": ("canny", "hed", "teed"),
+    "lines": (
+        *("mlsd", "hough_lines", "lsd", "lineart_realistic", "lineart_coarse", "lineart_anime", "lineart_standard"),
+        *("cartoon_lines", "scribble_hed", "scribble_xdog", "scribble", "invert", "threshold"),
+    ),
+    "depth": ("depth_anything", "depth_small", "depth_large", "depth_zoe"),
+    "pose": ("human_pose", "dwpose", "pose"),
+    "segments": ("segments_ade20k", "segments_coco", "segments_sam2", "mask_sam2", "superpixels"),
+    "normals": ("normal_moge", "normal_midas", "normal_from_depth"),
+    "picture": ("tile", "blur", "inpaint", "inpaint_lama", "luminance", "intensity", "color", "shuffle"),
+}
+"""The annotators as lists show them: by what the hint is, first in each group what most controls want."""
+
 if TYPE_CHECKING:
     ANNOTATORS: tuple[Annotator, ...]
     PARAMETERS: tuple[tuple[Annotator, Parameter], ...]

@@ -21,6 +21,9 @@ Progress = Callable[[int, int], None]
 SETTINGS = 1_000_000
 """Files of fewer bytes are settings, which may change at their source; of unknown checksum, any size will do."""
 
+NO_CONNECTION = {"ConnectionError", "Timeout", "ChunkedEncodingError", "TransportError"}
+"""Errors of the libraries that the hub speaks HTTP with, which is its own affair."""
+
 ETAG_TIMEOUT = 30.0
 """Seconds that the hub has for saying how large a file is."""
 
@@ -35,27 +38,38 @@ def find(network: Network, folders: Sequence[Path]) -> list[Path | None]:
     return [_found(file, folders, alone=len(network.files) == 1) for file in network.files]
 
 
-def fetch(network: Network, folders: Sequence[Path], progress: Progress) -> list[Path]:
-    """The network's files in their order: those that `find` finds, the others fetched into the first of `folders`.
+def fetch(networks: Sequence[Network], folders: Sequence[Path], progress: Progress) -> list[list[Path]]:
+    """Each network's files in their order: those that `find` finds, all others fetched into the first of `folders`.
 
     A download that broke off goes on where it stopped, but for the library's last 10 MB; a file appears under its name
     when it is whole and its size and checksum are right. Nothing that lies there is overwritten. Raises AnnotatorError,
-    which says what is missing, where to get it and where to put it.
+    which says all that is missing, where to get it and where to put it.
     """
-    found = find(network, folders)
-    paths = [path or place(file, folders[0]) for file, path in zip(network.files, found)]
-    missing = [(file, path) for file, path, here in zip(network.files, paths, found) if here is None]
-    for file, path in missing:
+    paths, missing = [], []
+    for network in networks:
+        found = find(network, folders)
+        paths.append([path or place(file, folders[0]) for file, path in zip(network.files, found)])
+        missing += [file for file, path in zip(network.files, found) if path is None]
+    for file in missing:
+        path = place(file, folders[0])
         if path.exists():
             raise AnnotatorError(
-                f"{network.name}: {path} is {_refusal(file, path.stat().st_size)}: move it away, and the published "
-                "file is fetched"
+                f"{path} is {_refusal(file, path.stat().st_size)}: move it away, and the published file is fetched"
             )
-    offers = [(_offer(network, file, folders), path) for file, path in missing]
-    total = sum(offer.size for offer, _ in offers)
+    offers = []
+    for file in missing:
+        try:
+            offers.append(_offer(file))
+        except _Failure as failure:
+            raise AnnotatorError(_by_hand(missing, folders[0], str(failure))) from failure
+    total = sum(offer.size for offer in offers)
     done = 0
-    for offer, path in offers:
-        _download(network, offer, path, folders, lambda here, before=done: progress(before + here, total))
+    for i, offer in enumerate(offers):
+        path = place(offer.file, folders[0])
+        try:
+            _download(offer, path, lambda here, before=done: progress(before + here, total))
+        except _Failure as failure:
+            raise AnnotatorError(_by_hand(missing[i:], folders[0], str(failure))) from failure
         done += offer.size
     return paths
 
@@ -106,30 +120,35 @@ class _Offer:
         return self.etag if re.fullmatch("[0-9a-f]{64}", self.etag) else self.file.sha256
 
 
-def _offer(network: Network, file: File, folders: Sequence[Path]) -> _Offer:
-    """Asks the hub for a file's size and version; for the public file, without anyone's token."""
+class _Failure(AnnotatorError):
+    """A file cannot be fetched, for the reason that this says in a few words."""
+
+
+def _offer(file: File) -> _Offer:
+    """Asks the hub for a file's size and version; for the public file, without anyone's token. Raises _Failure."""
     import huggingface_hub as hub
 
     try:
         url = hub.hf_hub_url(file.repository, file.name)
         said = hub.get_hf_file_metadata(url, token=False, timeout=ETAG_TIMEOUT)
     except _network_errors() as error:
-        raise AnnotatorError(_by_hand(network, file, folders, _reason(error))) from error
+        raise _Failure(_reason(error)) from error
     if said.size is None or said.etag is None:
-        raise AnnotatorError(_by_hand(network, file, folders, f"the answer from {url} is not one of the hub's"))
+        raise _Failure(f"the answer from {url} is not one of the hub's")
     offer = _Offer(file, hub.hf_hub_url(file.repository, file.name, revision=said.commit_hash), said.size, said.etag)
     refusal = _refusal(file, offer.size)
     if refusal is None and file.sha256 not in (None, offer.sha256):
         refusal = f"a file with checksum {offer.sha256}, where the published one has {file.sha256}"
     if refusal is not None:
-        raise AnnotatorError(_by_hand(network, file, folders, f"the hub offers {refusal}"))
+        raise _Failure(f"the hub offers {refusal}")
     return offer
 
 
-def _download(
-    network: Network, offer: _Offer, path: Path, folders: Sequence[Path], progress: Callable[[int], None]
-) -> None:
-    """Fetches one file to `path`; until it is whole it lies beside it, under a name that tells its version."""
+def _download(offer: _Offer, path: Path, progress: Callable[[int], None]) -> None:
+    """Fetches one file to `path`; until it is whole it lies beside it, under a name that tells its version.
+
+    Raises _Failure.
+    """
     from huggingface_hub.file_download import http_get
 
     part = path.with_name(f"{path.name}.{offer.etag[:16]}.part")
@@ -155,14 +174,12 @@ def _download(
             os.fsync(stream.fileno())
         if part.stat().st_size != offer.size or offer.sha256 not in (None, checksum(part)):
             part.unlink()
-            raise AnnotatorError(_by_hand(network, offer.file, folders, "what came has another size or checksum"))
+            raise _Failure("what came has another size or checksum")
         part.replace(path)
-    except AnnotatorError:
-        raise
     except (*_network_errors(), ValueError, RuntimeError) as error:  # the last two: what the library itself refuses
         kept = part.stat().st_size if part.exists() else 0
-        reason = f"{_reason(error)} ({kept} of {offer.size} bytes are here; the next run goes on from there)"
-        raise AnnotatorError(_by_hand(network, offer.file, folders, reason)) from error
+        here = f" ({kept} of {offer.size} bytes are here; the next run goes on from there)"
+        raise _Failure(_reason(error) + here) from error
 
 
 class _Part(io.BufferedRandom):
@@ -191,24 +208,24 @@ def _reason(error: BaseException) -> str:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
+        return "no connection, for HF_HUB_OFFLINE is set"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"the hub answers {status}"
+    if NO_CONNECTION.intersection(kind.__name__ for kind in type(error).__mro__):
+        return "no connection"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.strerror}"
-    said = str(error).strip() or "no reason given"
-    return f"{type(error).__name__}: {said.splitlines()[0]}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _by_hand(network: Network, file: File, folders: Sequence[Path], reason: str) -> str:
-    """The text of an error: which file is missing and why, where to get it, where to put it."""
+def _by_hand(missing: Sequence[File], folder: Path, reason: str) -> str:
+    """The text of an error: why a file cannot be fetched, all that is missing, where to get it, where to put it."""
     import huggingface_hub
 
-    url = huggingface_hub.hf_hub_url(file.repository, file.name)
-    looked = ", ".join(str(folder) for folder in folders)
+    (hub, *_) = huggingface_hub.hf_hub_url(missing[0].repository, missing[0].name).split(f"/{missing[0].repository}/")
+    files = ", ".join(f"{file.repository}/{file.name} ({max(file.size, 100_000) / 1e6:.1f} MB)" for file in missing)
     return (
-        f"{network.name} needs {file.name} of {file.repository} (about {max(file.size, 100_000) / 1e6:.1f} MB), which "
-        f"could not be fetched: {reason}. Get it from {url} and put it at {place(file, folders[0])}. It was looked for "
-        f"in {looked} and in the hub's own cache"
+        f"{reason}: get {files} from {hub} and put {'it' if len(missing) == 1 else 'each'} into {folder}, in the "
+        "folders of its name"
     )

@@ -245,7 +245,7 @@ def ssim(result: np.ndarray, hint: np.ndarray) -> float:
 def centre_like(height: int, width: int, like_height: int, like_width: int) -> tuple[slice, slice]:
     """Rows and columns of the part of a picture (height, width) that the host's crop keeps for another shape.
 
-    The centre with the other's aspect, as `resize` crop of Apply Control keeps it of a hint.
+    The centre with the other's aspect, as `resize` crop of Apply ControlNet keeps it of a hint.
     """
     x = y = 0
     if width * like_height > height * like_width:

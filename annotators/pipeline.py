@@ -124,7 +124,9 @@ def _read(
         given["mask"] = fit_mask(mask, size[0], size[1])
     if annotator.reads_pose:
         if frame is None:
-            raise AnnotatorError("found no pose_keypoints: connect a node that gives them")
+            raise AnnotatorError(
+                "found no pose_keypoints: for a photograph choose human_pose; to draw joints, connect them here"
+            )
         given["frame"] = with_canvas(frame, own[0], own[1])
     return given
 

@@ -6,6 +6,7 @@ from .annotate import Annotate
 from .apply import ApplyControl, ApplyControlToPrompt, StackControls
 from .dataset import LabScenes, MakeControlDataset
 from .dosing import ControlBlockWeights, ControlSchedule
+from .found import findable
 from .gate import gated
 from .inspect import InspectControl
 from .lab import LabScene, LoadLabModel
@@ -16,7 +17,7 @@ from .save import NewControlNet, SaveControlNet
 from .train import TrainControlNet, TrainingOptions
 
 NODES = [
-    gated(node)
+    findable(gated(node))
     for node in (
         LoadControlNet,
         Annotate,

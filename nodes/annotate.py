@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..annotators import ANNOTATORS, PARAMETERS, Annotator, Parameter
+from ..annotators import ANNOTATORS, GROUPS, PARAMETERS, Annotator, Parameter
 from ..annotators.cache import HintCache
 from ..annotators.images import AnnotatorError, fit_mask
 from ..annotators.keypoints import read_frames
+from ..annotators.networks import NETWORKS
 from ..annotators.pipeline import covering, draw
 from .host import annotators as host_annotators
 from .host import given
@@ -39,12 +40,13 @@ class Annotate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="Annotate",
-            display_name="Annotate (ZeroConv)",
-            category="ZeroConv",
-            description="Makes a hint from a picture.",
+            display_name="ControlNet Preprocessor: depth, pose, canny ... (ZeroConv)",
+            category="ZeroConv/preprocess",
+            description="Makes a hint, the picture that a ControlNet follows: depth, pose, edges, lines, normals, "
+            "segments and more, each by a preprocessor (annotator) of its own.",
             inputs=[
                 io.Image.Input("image"),
-                io.Combo.Input("annotator", options=[annotator.name for annotator in ANNOTATORS]),
+                io.Combo.Input("annotator", options=listed(), tooltip=groups()),
                 io.Int.Input(
                     "resolution",
                     default=512,
@@ -119,6 +121,23 @@ class Annotate(io.ComfyNode):
         # What marks the masked pixels need not be a colour: the picture that is shown is clamped, the hint is not.
         shown = hints.clamp(0, 1) if chosen.reads_mask else hints
         return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))
+
+
+def listed(of: Collection[str] | None = None) -> list[str]:
+    """The names of all annotators, or of those of `of`, group by group."""
+    return [name for names in GROUPS.values() for name in names if of is None or name in of]
+
+
+def groups(of: Collection[str] | None = None) -> str:
+    """The same for people: each group with its annotators, and how much those with a network download."""
+    sizes = {network.name: sum(file.size for file in network.files) for network in NETWORKS}
+    needed = {annotator.name: sum(sizes[name] for name in annotator.networks) / 1e6 for annotator in ANNOTATORS}
+    lines = []
+    for group, names in GROUPS.items():
+        shown = [name for name in names if of is None or name in of]
+        marked = [f"{name} ({max(1, round(needed[name]))} MB)" if needed[name] else name for name in shown]
+        lines += [f"{group}: {', '.join(marked)}."] if shown else []
+    return "\n".join([*lines, "MB: downloaded when it runs for the first time."])
 
 
 def as_large(image: torch.Tensor, latent: dict[str, Any] | None) -> int:

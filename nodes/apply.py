@@ -37,7 +37,7 @@ def _control_inputs(required: bool) -> list[Any]:
             min=0.0,
             max=10.0,
             step=0.01,
-            tooltip="Multiplies every residual of this node's control; a stack brings its own.",
+            tooltip="How much this control counts: 1 as it was trained, 0 not at all. A stack brings its own.",
         ),
         io.Float.Input("start", default=0.0, min=0.0, max=10000.0, step=0.001, tooltip="Control acts from here on."),
         io.Float.Input(
@@ -139,10 +139,10 @@ class ApplyControl(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ApplyControl",
-            display_name="Apply Control (ZeroConv)",
-            category="ZeroConv",
+            display_name="Apply ControlNet (ZeroConv)",
+            category="ZeroConv/apply",
             description="Controls everything that the model samples, whatever the prompts. For upscalers that work in "
-            "tiles use Apply Control to Prompt: they cut the hints of prompts for each tile, not this one's.",
+            "tiles use Apply ControlNet to Prompt: they cut the hints of prompts for each tile, not this one's.",
             inputs=[io.Model.Input("model"), *_control_inputs(required=False), VAE_INPUT, REUSE_INPUT],
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
@@ -177,8 +177,8 @@ class ApplyControlToPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ApplyControlToPrompt",
-            display_name="Apply Control to Prompt (ZeroConv)",
-            category="ZeroConv",
+            display_name="Apply ControlNet to Prompt (ZeroConv)",
+            category="ZeroConv/apply",
             description="Controls these prompts alone: where prompts want different controls, and for tiled samplers.",
             inputs=[
                 io.Conditioning.Input("positive"),
@@ -207,8 +207,8 @@ class StackControls(io.ComfyNode):
         return io.Schema(
             node_id="StackControls",
             display_name="Stack Controls (ZeroConv)",
-            category="ZeroConv",
-            description="Adds a control to a stack; their residuals add, as the paper composes several hints.",
+            category="ZeroConv/apply",
+            description="Puts several controls on one stack, for one Apply ControlNet: depth and pose at once, say.",
             inputs=[*_control_inputs(required=True), REUSE_INPUT],
             outputs=[STACK.Output(display_name="stack")],
         )

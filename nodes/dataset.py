@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..controlnet_core.data.writer import CachingOptions
 from ..lab.dataset import HELD_OUT
 from ..lab.folder import HINTS
+from .annotate import listed
 from .host import dataset
 
 ControlDataset = io.Custom("CONTROL_DATASET")
@@ -52,10 +53,10 @@ class MakeControlDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "annotator",
-                    options=[dataset.GIVEN, *dataset.MAKERS],
+                    options=[dataset.GIVEN, *listed(dataset.MAKERS)],
                     default=dataset.GIVEN,
                     tooltip="given: the folder's own hints, or hints. Else what makes a hint of every picture, with "
-                    "its defaults; for others make them with Annotate.",
+                    "its defaults; for others make them with ControlNet Preprocessor.",
                 ),
                 io.Int.Input(
                     "annotator_resolution",

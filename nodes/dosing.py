@@ -41,7 +41,7 @@ class ControlSchedule(io.ComfyNode):
         return io.Schema(
             node_id="ControlSchedule",
             display_name="Control Schedule (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/strength",
             description="A strength that changes over sampling, by a named curve or by keyframes of your own. It "
             "multiplies the strength of the node it is connected to, within that node's start and end.",
             inputs=[
@@ -96,7 +96,7 @@ class ControlBlockWeights(io.ComfyNode):
         return io.Schema(
             node_id="ControlBlockWeights",
             display_name="Control Block Weights (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/strength",
             description="How much of a control joins each block of the model, from shallow (fine detail) to deep "
             "(layout) and the middle.",
             inputs=[

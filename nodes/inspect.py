@@ -17,7 +17,7 @@ class InspectControl(io.ComfyNode):
         return io.Schema(
             node_id="InspectControl",
             display_name="Inspect Control (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/inspect",
             description="Says what a control is: family, format, size, and whether it fits a model.",
             inputs=[
                 io.ControlNet.Input("control_net"),

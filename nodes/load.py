@@ -28,7 +28,7 @@ class LoadControlNet(io.ComfyNode):
         return io.Schema(
             node_id="LoadControlNet",
             display_name="Load ControlNet (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/apply",
             description="Loads a control for SD1.x, SD2.x or SDXL: ControlNet, Union, Control-LoRA, T2I-Adapter or "
             "ControlLLLite, whatever the layout.",
             inputs=[

@@ -22,7 +22,7 @@ from ..annotators.compare import (
 from ..annotators.images import AnnotatorError, resized, to_picture
 from ..annotators.keypoints import read_frames
 from ..annotators.measure import SCORES, centre_like, kind_of
-from .annotate import PoseKeypoint, each, own_parameters, widget
+from .annotate import PoseKeypoint, each, listed, own_parameters, widget
 from .host import annotators as host_annotators
 from .host import given
 from .host.progress import steps
@@ -39,14 +39,14 @@ class MeasureControl(io.ComfyNode):
         return io.Schema(
             node_id="MeasureControl",
             display_name="Measure Control (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/inspect",
             description="How faithfully a result follows its hint: annotates the result again and compares the two.",
             inputs=[
                 io.Image.Input("image", tooltip="The result: what was sampled with the control."),
                 io.Image.Input("hint", tooltip="The hint that the control was given."),
                 io.Combo.Input(
                     "annotator",
-                    options=[annotator.name for annotator in ANNOTATORS if annotator.name in measured],
+                    options=listed(measured),
                     tooltip="What made the hint; the result is annotated with it, as set below.",
                 ),
                 io.Int.Input(

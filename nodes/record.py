@@ -21,10 +21,10 @@ class RecordControl(io.ComfyNode):
         return io.Schema(
             node_id="RecordControl",
             display_name="Record Control (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/inspect",
             description="Keeps account of what the controls add at every step of sampling, and changes nothing. "
             "Control Report shows the record.",
-            inputs=[io.Model.Input("model", tooltip="With or without controls: before or after Apply Control.")],
+            inputs=[io.Model.Input("model", tooltip="With or without controls: before or after Apply ControlNet.")],
             outputs=[io.Model.Output(display_name="model"), RecordSocket.Output(display_name="record")],
         )
 
@@ -41,9 +41,9 @@ class ControlReport(io.ComfyNode):
         return io.Schema(
             node_id="ControlReport",
             display_name="Control Report (ZeroConv)",
-            category="ZeroConv",
-            description="Which residuals acted at which step and how strongly: their RMS in percent of what each "
-            "joins, as a table and as a heat map.",
+            category="ZeroConv/inspect",
+            description="What each control did at each step, and how strongly: what it added to each block of the "
+            "model, in percent of what was there, as a table and as a heat map.",
             inputs=[
                 RecordSocket.Input("record"),
                 io.Latent.Input("latent", tooltip="The sampler's output; only so that the report comes after it."),

@@ -21,7 +21,7 @@ class SaveControlNet(io.ComfyNode):
         return io.Schema(
             node_id="SaveControlNet",
             display_name="Save ControlNet (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/training",
             description="Writes a control into the controlnet folder: as it is, without the checkpoint that it came "
             "in, in another layout or type, moved to another base model, or as its difference from one.",
             inputs=[
@@ -80,7 +80,7 @@ class NewControlNet(io.ComfyNode):
         return io.Schema(
             node_id="NewControlNet",
             display_name="New ControlNet (ZeroConv)",
-            category="ZeroConv",
+            category="ZeroConv/training",
             description="A ControlNet as training begins: a copy of the model's encoder, LoRAs included, between zero "
             "convolutions. It changes nothing until it has been trained.",
             inputs=[

@@ -59,7 +59,7 @@ class TrainControlNet(io.ComfyNode):
             category="ZeroConv/training",
             description="Trains a control for a model on a dataset of Make Control Dataset. Cancel keeps everything: "
             "queue it again and it goes on, or with fewer steps and it gives what there is. The control goes straight "
-            "into Apply Control, and into a file.",
+            "into Apply ControlNet, and into a file.",
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with its LoRAs. It stays as it is."),
                 io.Clip.Input("clip", tooltip="Checked to be the one that the dataset was made with."),

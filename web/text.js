@@ -18,7 +18,7 @@ function textBox(node) {
 }
 
 app.registerExtension({
-  name: "ZeroConv.text",
+  name: "zeroconv.text",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.category?.startsWith("ZeroConv")) return;
     const before = nodeType.prototype.onExecuted;

@@ -117,7 +117,7 @@ class Record:
         if not self._seen:
             raise RecordError(
                 "nothing was sampled with this record: connect the model of Record Control to the sampler (through "
-                "Apply Control if you like), and the sampler's latent to Control Report"
+                "Apply ControlNet if you like), and the sampler's latent to Control Report"
             )
         sums = [title for title in self._ratios if title.startswith(TOGETHER)]
         titles = [title for title in self._ratios if title not in sums] + (sums if self._sum_says_more else [])

@@ -31,8 +31,11 @@ def networks(names: Sequence[str], node_id: str | None) -> list[torch.nn.Module]
     that it is kept, and the host moves it as it needs its memory. Raises AnnotatorError for files that cannot be had
     or read.
     """
+    by_name = {network.name: network for network in NETWORKS}
+    new = [by_name[name] for name in names if name not in _patchers]
+    files = dict(zip((network.name for network in new), fetch(new, folders(), transfer(node_id)) if new else []))
     for name in names:
-        _patchers[name] = _patchers.pop(name, None) or patcher_of(_Held(_built(name, node_id)))
+        _patchers[name] = _patchers.pop(name, None) or patcher_of(_Held(_built(by_name[name], files[name])))
     chosen = [_patchers[name] for name in names]
     _let_go_of_the_oldest(chosen)
     if chosen:
@@ -62,10 +65,8 @@ class _Held(torch.nn.Module):
         self.network = network
 
 
-def _built(name: str, node_id: str | None) -> torch.nn.Module:
-    """The network of this name, fresh from its files."""
-    (network,) = (entry for entry in NETWORKS if entry.name == name)
-    paths = fetch(network, folders(), transfer(node_id))
+def _built(network: Network, paths: Sequence[Path]) -> torch.nn.Module:
+    """The network, fresh from its files."""
     try:
         return network.load(paths)
     except (AnnotatorError, ImportError):

@@ -89,7 +89,7 @@ def attach_to_model(model: Any, controls: Sequence[Control]) -> Any:
         control.check_fits(model.model)
         if control.foreign_hooks():
             raise ControlError(
-                f"{control.name} acts through hooks, which the host takes from prompts alone: use Apply Control to "
+                f"{control.name} acts through hooks, which the host takes from prompts alone: use Apply ControlNet to "
                 "Prompt"
             )
 
@@ -143,7 +143,7 @@ def _warn_of_tiles(controls: Sequence[Control], size: tuple[int, ...], sampled: 
         if sampled.count(size) == 1 and height >= 1.5 * size[0] and width >= 1.5 * size[1]:
             log.warning(
                 "%s has a hint of %dx%d, and pictures of %dx%d are sampled one after the other: if these are tiles of "
-                "a larger one, each of them gets the whole hint; use Apply Control to Prompt for such upscalers",
+                "a larger one, each of them gets the whole hint; use Apply ControlNet to Prompt for such upscalers",
                 *(control.name, width, height, size[1], size[0]),
             )
             break

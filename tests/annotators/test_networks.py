@@ -92,7 +92,7 @@ def test_a_single_file_is_found_in_each_layout_and_each_folder(tmp_path: Path, w
     assert find(ONE, folders) == [None]
     later = put(folders[1] / where, WEIGHTS)
     assert find(ONE, folders) == [later]
-    assert fetch(ONE, folders, no_server) == [later]
+    assert fetch([ONE], folders, no_server) == [[later]]
     sooner = put(folders[0] / where, WEIGHTS)
     assert find(ONE, folders) == [sooner]
 
@@ -141,7 +141,7 @@ def test_without_a_checksum_a_size_only_tells_a_file_from_a_stump(tmp_path: Path
 def test_what_is_missing_is_fetched_whole_with_progress(tmp_path: Path, hub: LoopbackHub):
     told: list[tuple[int, int]] = []
     folders = [tmp_path / "models" / "annotators", tmp_path / "other"]
-    paths = fetch(TWO, folders, lambda done, total: told.append((done, total)))
+    (paths,) = fetch([TWO], folders, lambda done, total: told.append((done, total)))
     assert paths == [folders[0] / REPOSITORY / "config.json", folders[0] / REPOSITORY / "sub" / "tiny.safetensors"]
     assert [path.read_bytes() for path in paths] == [SETTINGS, WEIGHTS]
     total = len(SETTINGS) + len(WEIGHTS)
@@ -151,14 +151,14 @@ def test_what_is_missing_is_fetched_whole_with_progress(tmp_path: Path, hub: Loo
     assert sorted(p.name for p in folders[0].rglob("*") if p.is_file()) == ["config.json", "tiny.safetensors"]
     assert hub.sent == total
     torch.testing.assert_close(load_file(paths[1])["weight"], torch.randn(64, 64, generator=torch.manual_seed(1)))
-    fetch(TWO, folders, no_server)
+    fetch([TWO], folders, no_server)
     assert hub.sent == total
 
 
 def test_only_what_is_missing_is_fetched(tmp_path: Path, hub: LoopbackHub):
     here = put(tmp_path / "second" / REPOSITORY / "sub" / "tiny.safetensors", WEIGHTS)
     folders = [tmp_path / "first", tmp_path / "second"]
-    assert fetch(TWO, folders, ignore) == [place(TWO.files[0], folders[0]), here]
+    assert fetch([TWO], folders, ignore) == [[place(TWO.files[0], folders[0]), here]]
     assert hub.sent == len(SETTINGS)
 
 
@@ -168,13 +168,13 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(tmp_path: Path, hub:
     with pytest.raises(
         AnnotatorError, match=rf"10000 of {len(WEIGHTS)} bytes are here; the next run goes on from there"
     ):
-        fetch(ONE, [tmp_path], ignore)
+        fetch([ONE], [tmp_path], ignore)
     assert not path.exists()
     assert find(ONE, [tmp_path]) == [None]
     assert hub.sent == 10_000
     hub.cut_after = None
     told: list[int] = []
-    assert fetch(ONE, [tmp_path], lambda done, _: told.append(done)) == [path]
+    assert fetch([ONE], [tmp_path], lambda done, _: told.append(done)) == [[path]]
     assert path.read_bytes() == WEIGHTS
     assert hub.sent == len(WEIGHTS)  # the second time, only the rest
     assert hub.ranges[-1] == "bytes=10000-"
@@ -189,9 +189,9 @@ def test_cancel_ends_a_download_that_the_next_one_takes_up(tmp_path: Path, hub: 
 
     path = place(ONE.files[0], tmp_path)
     with pytest.raises(Cancel):
-        fetch(ONE, [tmp_path], cancel)
+        fetch([ONE], [tmp_path], cancel)
     assert not path.exists()
-    assert fetch(ONE, [tmp_path], ignore) == [path]
+    assert fetch([ONE], [tmp_path], ignore) == [[path]]
     assert path.read_bytes() == WEIGHTS
     assert hub.sent == len(WEIGHTS)
 
@@ -206,9 +206,9 @@ def test_a_machine_set_up_for_hf_transfer_fetches_and_goes_on_all_the_same(
     monkeypatch.setitem(sys.modules, "hf_transfer", None)
     hub.cut_after = 10_000
     with pytest.raises(AnnotatorError, match=rf"10000 of {len(WEIGHTS)} bytes are here"):
-        fetch(ONE, [tmp_path], ignore)
+        fetch([ONE], [tmp_path], ignore)
     hub.cut_after = None
-    assert fetch(ONE, [tmp_path], ignore)[0].read_bytes() == WEIGHTS
+    assert fetch([ONE], [tmp_path], ignore)[0][0].read_bytes() == WEIGHTS
     assert hub.ranges[0] == "bytes=0-"
     assert hub.ranges[-1] == "bytes=10000-"
     assert hub.sent == len(WEIGHTS)
@@ -225,31 +225,29 @@ def test_what_the_hubs_library_refuses_to_fetch_can_be_put_there_by_hand(
         raise kind("it is too large\nfor us")
 
     monkeypatch.setattr(file_download, "http_get", refuse)
-    reason = (
-        rf"{kind.__name__}: it is too large \(0 of {len(WEIGHTS)} bytes are here; .*\)\. Get it from .* and put it at"
-    )
+    reason = rf"^it is too large \(0 of {len(WEIGHTS)} bytes are here; .*\): get .* from .* and put it into"
     with pytest.raises(AnnotatorError, match=reason):
-        fetch(ONE, [tmp_path], ignore)
+        fetch([ONE], [tmp_path], ignore)
 
 
 def test_bytes_that_are_not_the_promised_ones_do_not_stay(tmp_path: Path, hub: LoopbackHub):
     hub.garbled = True
     with pytest.raises(AnnotatorError, match="what came has another size or checksum"):
-        fetch(ONE, [tmp_path], ignore)
+        fetch([ONE], [tmp_path], ignore)
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
     hub.garbled = False
-    assert fetch(ONE, [tmp_path], ignore)[0].read_bytes() == WEIGHTS
+    assert fetch([ONE], [tmp_path], ignore)[0][0].read_bytes() == WEIGHTS
 
 
 def test_a_part_of_another_version_is_not_gone_on_with(tmp_path: Path, hub: LoopbackHub):
     hub.cut_after = 10_000
     about = network(File(REPOSITORY, "tiny.safetensors", len(WEIGHTS)))
     with pytest.raises(AnnotatorError):
-        fetch(about, [tmp_path], ignore)
+        fetch([about], [tmp_path], ignore)
     hub.cut_after = None
     changed = bytes(reversed(WEIGHTS))
     hub.files[f"{REPOSITORY}/tiny.safetensors"] = changed
-    assert fetch(about, [tmp_path], ignore)[0].read_bytes() == changed
+    assert fetch([about], [tmp_path], ignore)[0][0].read_bytes() == changed
     assert hub.ranges[-1] == "bytes=0-"
 
 
@@ -258,7 +256,7 @@ def test_a_part_of_another_version_is_not_gone_on_with(tmp_path: Path, hub: Loop
     [
         (
             WEIGHTS[:-1],
-            rf"the hub offers {len(WEIGHTS) - 1} bytes, where tiny.safetensors of .* has {len(WEIGHTS)}\. Get",
+            rf"the hub offers {len(WEIGHTS) - 1} bytes, where tiny.safetensors of .* has {len(WEIGHTS)}: get",
         ),
         (WEIGHTS[::-1], f"the hub offers a file with checksum [0-9a-f]*, where the published one has {SHA256}"),
     ],
@@ -267,7 +265,7 @@ def test_a_part_of_another_version_is_not_gone_on_with(tmp_path: Path, hub: Loop
 def test_another_file_than_the_known_one_is_not_even_begun(tmp_path: Path, hub: LoopbackHub, data: bytes, said: str):
     hub.files[f"{REPOSITORY}/tiny.safetensors"] = data
     with pytest.raises(AnnotatorError, match=said):
-        fetch(ONE, [tmp_path], ignore)
+        fetch([ONE], [tmp_path], ignore)
     assert hub.sent == 0
     assert not any(tmp_path.iterdir())
 
@@ -276,12 +274,22 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, hub: LoopbackHub):
     hub.files.clear()
     folders = [tmp_path / "first", tmp_path / "second"]
     with pytest.raises(AnnotatorError) as caught:
-        fetch(ONE, folders, ignore)
+        fetch([ONE], folders, ignore)
     assert str(caught.value) == (
-        f"tiny needs tiny.safetensors of {REPOSITORY} (about 0.1 MB), which could not be fetched: the hub answers 404. "
-        f"Get it from {hub.url}/{REPOSITORY}/resolve/main/tiny.safetensors and put it at "
-        f"{folders[0] / REPOSITORY / 'tiny.safetensors'}. It was looked for in {folders[0]}, {folders[1]} and in the "
-        "hub's own cache"
+        f"the hub answers 404: get {REPOSITORY}/tiny.safetensors (0.1 MB) from {hub.url} and put it into {folders[0]}, "
+        "in the folders of its name"
+    )
+
+
+def test_one_sentence_names_all_that_is_missing_of_all_networks(tmp_path: Path, hub: LoopbackHub):
+    put(place(TWO.files[0], tmp_path), SETTINGS)
+    hub.close()
+    large = network(File("else/where", "large.bin", 172_345_678))
+    with pytest.raises(AnnotatorError) as caught:
+        fetch([TWO, large], [tmp_path], ignore)
+    assert str(caught.value) == (
+        f"no connection: get {REPOSITORY}/sub/tiny.safetensors (0.1 MB), else/where/large.bin (172.3 MB) from "
+        f"{hub.url} and put each into {tmp_path}, in the folders of its name"
     )
 
 
@@ -289,33 +297,31 @@ def test_offline_the_error_says_so_and_where_to_put_the_file(
     tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ):
     set_offline(monkeypatch, True)
-    with pytest.raises(
-        AnnotatorError, match=r"could not be fetched: HF_HUB_OFFLINE is set\. Get it from .* and put it at"
-    ):
-        fetch(ONE, [tmp_path], ignore)
+    with pytest.raises(AnnotatorError, match=r"^no connection, for HF_HUB_OFFLINE is set: get .* and put it into"):
+        fetch([ONE], [tmp_path], ignore)
     path = put(place(ONE.files[0], tmp_path), WEIGHTS)  # as the error told
-    assert fetch(ONE, [tmp_path], no_server) == [path]
+    assert fetch([ONE], [tmp_path], no_server) == [[path]]
     assert hub.sent == 0
 
 
 def test_no_server_is_an_error_with_the_reason(tmp_path: Path, hub: LoopbackHub):
     hub.close()
-    with pytest.raises(AnnotatorError, match=r"could not be fetched: Connect\w*: .*\. Get it from"):
-        fetch(ONE, [tmp_path], ignore)
+    with pytest.raises(AnnotatorError, match=r"^no connection: get .* from .* and put it into"):
+        fetch([ONE], [tmp_path], ignore)
 
 
 def test_a_full_disk_is_an_error_before_a_byte_comes(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, len(WEIGHTS) - 1))
     with pytest.raises(AnnotatorError, match=rf"the disk is full: {len(WEIGHTS)} bytes are to come"):
-        fetch(ONE, [tmp_path], ignore)
+        fetch([ONE], [tmp_path], ignore)
     assert hub.sent == 0
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, hub: LoopbackHub):
     put(tmp_path / "someone", b"a file where a folder should be")
-    with pytest.raises(AnnotatorError, match="could not be fetched: .*someone"):
-        fetch(ONE, [tmp_path], ignore)
+    with pytest.raises(AnnotatorError, match=r"^\[?\w.*someone.* \(0 of \d+ bytes are here"):
+        fetch([ONE], [tmp_path], ignore)
 
 
 def test_another_file_at_its_place_is_never_overwritten(tmp_path: Path, hub: LoopbackHub):
@@ -323,7 +329,7 @@ def test_another_file_at_its_place_is_never_overwritten(tmp_path: Path, hub: Loo
     with pytest.raises(
         AnnotatorError, match=r"tiny\.safetensors is 4 bytes, where .*: move it away, and the published"
     ):
-        fetch(ONE, [tmp_path], ignore)
+        fetch([ONE], [tmp_path], ignore)
     assert own.read_bytes() == b"mine"
     assert hub.sent == 0
 
@@ -331,7 +337,7 @@ def test_another_file_at_its_place_is_never_overwritten(tmp_path: Path, hub: Loo
 def test_nobodys_token_is_sent(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     """The files are public, and their store is another server than the hub."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    fetch(TWO, [tmp_path], ignore)
+    fetch([TWO], [tmp_path], ignore)
     assert hub.seen_tokens == []
 
 
@@ -344,7 +350,7 @@ from pathlib import Path
 from zeroconv.annotators.fetching import fetch
 from zeroconv.annotators.networks import File, Network
 file = File({REPOSITORY!r}, "tiny.safetensors", {len(WEIGHTS)}, {SHA256!r})
-print(*fetch(Network("tiny", "tiny:build", (file,), "MIT"), [Path({str(tmp_path)!r})], lambda done, total: None))
+print(*fetch([Network("tiny", "tiny:build", (file,), "MIT")], [Path({str(tmp_path)!r})], lambda done, total: None)[0])
 """
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -420,7 +420,10 @@ def test_the_pipeline_draws_at_the_asked_resolution():
     hint, found = pipeline.annotate(RECORD, np.zeros((100, 400, 3), np.uint8), 512, frame=frame)
     assert hint.shape == (512, 2048, 3) and found is None
     np.testing.assert_allclose(hint[256, 1024] * 255, [153, 102, 0], atol=1e-3)
-    with pytest.raises(AnnotatorError, match=r"pose: found no pose_keypoints: connect a node that gives them"):
+    with pytest.raises(
+        AnnotatorError,
+        match=r"pose: found no pose_keypoints: for a photograph choose human_pose; to draw joints, connect them",
+    ):
         pipeline.annotate(RECORD, np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(AnnotatorError, match=r"pose: pose_keypoints has keys 'x'; a frame of it has 'people'"):
         pipeline.annotate(RECORD, np.zeros((8, 8, 3), np.uint8), frame={"x": 1})

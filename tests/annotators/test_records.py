@@ -49,6 +49,12 @@ def test_names_and_widgets_stand_where_saved_workflows_count_on_them():
     assert [f"{record.name}_{parameter.name}" for record, parameter in PARAMETERS] == WIDGETS.split()
 
 
+def test_every_annotator_is_in_one_group():
+    grouped = [name for names in annotators.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(NAMES.split())
+    assert grouped[0] == NAMES.split()[0]  # what a new node begins with
+
+
 def test_every_record_and_every_parameter_of_it_is_listed_once():
     listed = [(line[0], name) for line in ORDER for name in line[1:]]
     assert len(listed) == len(set(listed))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,11 +47,37 @@ class FrontEnd:
 # Not for the whole session: while Playwright lives, this thread has an event loop, and asyncio.run fails in the rest.
 @pytest.fixture(scope="module")
 def front_end(host_server: HostServer) -> Iterator[FrontEnd]:
+    with open_page(host_server) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def newer_host_server(comfy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
+    """The same ComfyUI under the front end in the folder that FRONT_END names: `static` of its package."""
+    from zeroconv.devtools.comfyui import HostServer
+
+    if "FRONT_END" not in os.environ:
+        pytest.skip("needs a newer front end: FRONT_END names the folder `static` of comfyui-frontend-package")
+    arguments = ("--front-end-root", os.environ["FRONT_END"])
+    with HostServer(tmp_path_factory.mktemp("newer"), comfy_path, arguments=arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["host_server", "newer_host_server"])
+def each_front_end(request: pytest.FixtureRequest) -> Iterator[FrontEnd]:
+    """ComfyUI's own front end, then the newer one."""
+    with open_page(request.getfixturevalue(request.param)) as opened:
+        yield opened
+
+
+@contextmanager
+def open_page(server: HostServer) -> Iterator[FrontEnd]:
+    """A fresh page of this server, ready; skips where there is no browser."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the PATH")
-    host_server.post("/api/settings", {"Comfy.TutorialCompleted": True})
+    server.post("/api/settings", {"Comfy.TutorialCompleted": True})
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
         page = browser.new_page(viewport={"width": 1600, "height": 900})
@@ -57,7 +86,7 @@ def front_end(host_server: HostServer) -> Iterator[FrontEnd]:
         page.on("pageerror", lambda error: opened.errors.append(f"error in the page: {error}"))
         page.on("console", lambda message: _hear(opened, message.text))
         page.on("response", lambda response: _see(opened, response.status, response.url))
-        page.goto(host_server.url)
+        page.goto(server.url)
         page.wait_for_function(READY)
         yield opened
         browser.close()

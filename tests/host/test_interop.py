@@ -310,7 +310,7 @@ def test_a_foreign_control_that_acts_through_hooks_needs_prompts(host: Host):
         comfy.hooks.TransformerOptionsHook({"wrappers": {WrappersMP.CALC_COND_BATCH: {"x": [wrapper]}}})
     )
     scene, inputs = host.scene(), {"control_net": native, "image": picture(1)}
-    with pytest.raises(Exception, match="acts through hooks, .* use Apply Control to Prompt"):
+    with pytest.raises(Exception, match="acts through hooks, .* use Apply ControlNet to Prompt"):
         host.call("ApplyControl", model=scene.model, **inputs)
     positive, negative = host.call("ApplyControlToPrompt", positive=scene.positive, negative=scene.negative, **inputs)
     host.sample(replace(scene, positive=positive, negative=negative))

@@ -247,11 +247,11 @@ def test_from_download_to_hint(annotator: Annotator, bench: Bench, picture: torc
         with pytest.raises(AnnotatorError) as caught:
             bench.run(annotator.name, picture)
         said = str(caught.value)
-        assert said.startswith(f"{annotator.name}: ")
-        assert f"needs {missing.name} of {missing.repository} (about " in said
-        assert " MB), which could not be fetched: Connect" in said
-        url = f"{bench.hub.url}/{missing.repository}/resolve/main/{missing.name}"
-        assert f"Get it from {url} and put it at {paths[missing]}. It was looked for in {bench.folder}" in said
+        assert said == (
+            f"{annotator.name}: no connection: get {missing.repository}/{missing.name} "
+            f"({max(missing.size, 100_000) / 1e6:.1f} MB) from {bench.hub.url} and put it into {bench.folder}, "
+            "in the folders of its name"
+        )
 
     # With all of them put there, as the errors told, the hint is the same.
     put(files)

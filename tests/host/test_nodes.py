@@ -190,6 +190,29 @@ def test_defaults_are_those_that_workflows_rely_on(host: Host, node: str, defaul
 
 
 @pytest.mark.parametrize("node", CONTRACT)
+def test_the_page_is_told_the_words_and_what_to_fold(host: Host, node: str):
+    from zeroconv.nodes import found
+
+    info = host.ours[node].GET_NODE_INFO_V1()
+    schema = host.ours[node].GET_SCHEMA()
+    assert info["search_aliases"] == list(found.WORDS[node])
+    assert len({word.lower() for word in found.WORDS[node]}) == len(found.WORDS[node])
+    assert info["category"].startswith("ZeroConv/") and info["display_name"].endswith(" (ZeroConv)")
+    assert "residual" not in str(info)
+    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    folded = {name for name, (_, options) in inputs.items() if options.get("advanced")}
+    known = set(found.FOLDED.get(node, ()))
+    assert known <= set(inputs) and not known & {"strength", "start", "end"}
+    assert folded == (known if hasattr(schema.inputs[0] if schema.inputs else None, "advanced") else set())
+
+
+def test_no_word_is_told_of_a_node_that_is_none(host: Host):
+    from zeroconv.nodes import found
+
+    assert set(found.WORDS) == set(host.ours) >= set(found.FOLDED)
+
+
+@pytest.mark.parametrize("node", CONTRACT)
 def test_sockets_are_those_that_workflows_rely_on(host: Host, node: str):
     kind = host.ours[node]
     declared = kind.INPUT_TYPES()

@@ -104,7 +104,7 @@ def test_a_control_on_the_model_says_that_it_cannot_know_its_tile(host: Host, ca
     def told() -> list[str]:
         messages = [record.getMessage() for record in caplog.records]
         caplog.clear()
-        return [message for message in messages if "Apply Control to Prompt" in message]
+        return [message for message in messages if "Apply ControlNet to Prompt" in message]
 
     def tiles(scene: Scene) -> None:
         for _ in BOXES:
@@ -124,7 +124,7 @@ def test_a_control_on_the_model_says_that_it_cannot_know_its_tile(host: Host, ca
 @pytest.mark.parametrize("node", ["ApplyControl", "ApplyControlToPrompt"])
 def test_the_node_says_it_too(host: Host, node: str):
     description = host.ours[node].GET_SCHEMA().description
-    assert "tile" in description and ("Apply Control to Prompt" in description) == (node == "ApplyControl")
+    assert "tile" in description and ("Apply ControlNet to Prompt" in description) == (node == "ApplyControl")
 
 
 # -- TiledKSampler ----------------------------------------------------------------------------------------------------
