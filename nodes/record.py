@@ -43,7 +43,7 @@ class ControlReport(io.ComfyNode):
             display_name="Control Report (ZeroConv)",
             category="ZeroConv",
             description="Which residuals acted at which step and how strongly: their RMS in percent of what each "
-            "joins, as a table and as a heat map.",
+            "joins, as a heat map; the table is an output.",
             inputs=[
                 RecordSocket.Input("record"),
                 io.Latent.Input("latent", tooltip="The sampler's output; only so that the report comes after it."),
@@ -54,6 +54,6 @@ class ControlReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, record: Record, latent: Any) -> io.NodeOutput:
-        text, picture = table(record), pictures.heat_map(record.panels)
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        return io.NodeOutput(text, picture, ui=shown)
+        picture = pictures.heat_map(record.panels)
+        # The picture alone is shown: it has every number of the table.
+        return io.NodeOutput(table(record), picture, ui=ui.PreviewImage(picture, cls=cls))

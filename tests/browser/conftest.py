@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,34 +42,41 @@ class FrontEnd:
         return self.page.evaluate(script, argument)
 
 
-# Not for the whole session: while Playwright lives, this thread has an event loop, and asyncio.run fails in the rest.
-@pytest.fixture(scope="module")
-def front_end(host_server: HostServer) -> Iterator[FrontEnd]:
+@contextmanager
+def opened(server: HostServer, height: int = 900) -> Iterator[FrontEnd]:
+    """The server's page in a browser with a window of 1600 pixels by `height`."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the PATH")
-    host_server.post("/api/settings", {"Comfy.TutorialCompleted": True})
+    server.post("/api/settings", {"Comfy.TutorialCompleted": True})
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page = browser.new_page(viewport={"width": 1600, "height": height})
         page.set_default_timeout(SECONDS * 1000)
-        opened = FrontEnd(page)
-        page.on("pageerror", lambda error: opened.errors.append(f"error in the page: {error}"))
-        page.on("console", lambda message: _hear(opened, message.text))
-        page.on("response", lambda response: _see(opened, response.status, response.url))
-        page.goto(host_server.url)
+        front_end = FrontEnd(page)
+        page.on("pageerror", lambda error: front_end.errors.append(f"error in the page: {error}"))
+        page.on("console", lambda message: _hear(front_end, message.text))
+        page.on("response", lambda response: _see(front_end, response.status, response.url))
+        page.goto(server.url)
         page.wait_for_function(READY)
-        yield opened
+        yield front_end
         browser.close()
 
 
-def _hear(opened: FrontEnd, text: str) -> None:
+# Not for the whole session: while Playwright lives, this thread has an event loop, and asyncio.run fails in the rest.
+@pytest.fixture(scope="module")
+def front_end(host_server: HostServer) -> Iterator[FrontEnd]:
+    with opened(host_server) as page:
+        yield page
+
+
+def _hear(front_end: FrontEnd, text: str) -> None:
     if "Error loading extension" in text:
-        opened.errors.append(text)
+        front_end.errors.append(text)
 
 
-def _see(opened: FrontEnd, status: int, url: str) -> None:
+def _see(front_end: FrontEnd, status: int, url: str) -> None:
     # A help page is looked for in the user's language first.
     if status >= 400 and "/extensions/zeroconv/" in url and "/docs/" not in url:
-        opened.errors.append(f"{status}: {url}")
+        front_end.errors.append(f"{status}: {url}")
