@@ -11,9 +11,10 @@ async def comfy_entrypoint():
 
     try:
         from .nodes import NODES
-        from .nodes.host import files
+        from .nodes.host import examples, files
 
         files.register_lab()
+        examples.lend_examples()
     except Exception:
         # The host would lose the whole pack with one line in the log.
         logging.getLogger(__name__).exception("ZeroConv cannot be loaded")

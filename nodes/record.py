@@ -43,7 +43,7 @@ class ControlReport(io.ComfyNode):
             display_name="Control Report (ZeroConv)",
             category="ZeroConv/inspect",
             description="What each control did at each step, and how strongly: what it added to each block of the "
-            "model, in percent of what was there, as a table and as a heat map.",
+            "model, in percent of what was there, as a heat map; the table is an output.",
             inputs=[
                 RecordSocket.Input("record"),
                 io.Latent.Input("latent", tooltip="The sampler's output; only so that the report comes after it."),
@@ -54,6 +54,6 @@ class ControlReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, record: Record, latent: Any) -> io.NodeOutput:
-        text, picture = table(record), pictures.heat_map(record.panels)
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        return io.NodeOutput(text, picture, ui=shown)
+        picture = pictures.heat_map(record.panels)
+        # The picture alone is shown: it has every number of the table.
+        return io.NodeOutput(table(record), picture, ui=ui.PreviewImage(picture, cls=cls))

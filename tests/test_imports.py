@@ -40,7 +40,8 @@ sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, COMFY)
 import comfy.options
 comfy.options.enable_args_parsing()
-import asyncio, nodes, comfy_extras.nodes_custom_sampler
+import asyncio, folder_paths, nodes, comfy_extras.nodes_custom_sampler
+folder_paths.set_input_directory(INPUT)  # where the pack puts its examples
 from comfy_api.latest import ComfyExtension
 # The host has some of them loaded. Here the pack finds none, and whoever asks for one is told off.
 for name in [name for name in sys.modules if name.partition(".")[0] in HEAVY]:
@@ -84,8 +85,8 @@ def test_the_guard_would_notice(tmp_path: Path):
 
 
 @pytest.mark.host
-def test_listing_the_nodes_imports_nothing_heavy(comfy_path: Path):
-    found = count(HOSTED, COMFY=str(comfy_path), ROOT=str(ROOT), HEAVY=HEAVY)
+def test_listing_the_nodes_imports_nothing_heavy(comfy_path: Path, tmp_path: Path):
+    found = count(HOSTED, COMFY=str(comfy_path), ROOT=str(ROOT), HEAVY=HEAVY, INPUT=str(tmp_path))
     assert found["own"] >= 40  # the pack was there
     assert not HEAVY & set(found["foreign"])
     assert found["count"] <= MOST, found

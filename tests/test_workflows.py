@@ -33,11 +33,20 @@ LAB = (
     "make_control",
     "train_control",
 )  # run on a fresh install, with nothing downloaded
-NAMES = (*LAB, "sd15_depth_pose", "sdxl_union")
+OWN = (
+    "1_photo_depth_pose_sd15",
+    "2_photo_depth_pose_sdxl_union",
+    "3_inpaint_sd15",
+    "4_tile_upscale_sd15",
+    "5_video_frames_sd15",
+)  # with the user's model and pictures; by their names they come first
+NAMES = (*OWN, *LAB)
 NOTES = {"MarkdownNote"}  # live in the front end alone
+SIDE = 128  # pixels of the embedded model's pictures
 GAP = 80  # pixels; nodes of the newer front end are larger than the canvas draws them
 TITLE = 30  # height of a node's title, which lies above its position
-USERS_FILES = {"ckpt_name", "image", "control_net_name"}  # choices that depend on what lies in a user's folders
+USERS_FILES = {"ckpt_name", "control_net_name"}  # choices that depend on what lies in a user's folders
+HUB = r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/([\w.-]+)"  # whence a note's files come
 
 
 def read(name: str) -> dict[str, Any]:
@@ -56,9 +65,9 @@ def of_class(graph: dict[str, dict[str, Any]], kind: str) -> list[dict[str, Any]
 
 
 def box(node: dict[str, Any]) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a node with its title."""
+    """Left, top, right and bottom of a node with its title, which is all there is of a folded one."""
     (x, y), (width, height) = node["pos"], node["size"]
-    return x, y - TITLE, x + width, y + height
+    return x, y - TITLE, x + width, y + (0 if node["flags"].get("collapsed") else height)
 
 
 def test_every_workflow_has_its_twin_and_its_picture():
@@ -109,7 +118,7 @@ def test_every_node_lies_in_one_titled_group_and_a_note_explains(name: str):
     workflow = read(name)
     groups = {group["title"]: group["bounding"] for group in workflow["groups"]}
     assert len(groups) == len(workflow["groups"]) >= 4
-    assert all(re.match(r"\d[a-d]?\. [A-Z]", title) for title in groups)
+    assert all(re.match(r"\d+[a-d]?\. [A-Z]", title) for title in groups)
     for node in workflow["nodes"]:
         left, top, right, bottom = box(node)
         around = [
@@ -134,7 +143,7 @@ def test_links_run_from_left_to_right(name: str):
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.rglob("*.json")), ids=lambda path: path.name)
 def test_nothing_of_the_machine_it_was_made_on(path: Path):
-    text = path.read_text(encoding="utf-8")
+    text = re.sub(HUB, "", path.read_text(encoding="utf-8"))
     assert not re.search(r"https?:|[A-Z]:\\\\|/(home|root|Users|tmp|work)/", text)
     assert text.isascii()
 
@@ -155,7 +164,27 @@ def test_lab_workflows_start_from_a_scene_that_was_not_trained_on(name: str):
         assert re.fullmatch(r"lab_(depth|pose|canny)\.safetensors", loader["inputs"]["control_net_name"])
 
 
-@pytest.mark.parametrize("name", ["depth_pose", "sd15_depth_pose"])
+@pytest.mark.parametrize("name", OWN)
+def test_own_workflows_start_from_a_file_that_ships_and_link_the_others(name: str):
+    graph = read_api(name)
+    (picture,) = [node for node in graph.values() if node["class_type"] in ("LoadImage", "LoadVideo")]
+    (file,) = [value for value in picture["inputs"].values() if isinstance(value, str)]
+    assert (WORKFLOWS / "input" / file).is_file()
+    needed = {
+        node["inputs"][key]
+        for node in graph.values()
+        for key in ("ckpt_name", "control_net_name")
+        if key in node["inputs"]
+    }
+    (note,) = [node for node in read(name)["nodes"] if node["type"] in NOTES]
+    assert set(re.findall(HUB, note["widgets_values"][0])) == needed
+
+
+def test_the_users_own_come_first():
+    assert sorted(NAMES)[: len(OWN)] == list(OWN)
+
+
+@pytest.mark.parametrize("name", ["depth_pose", "1_photo_depth_pose_sd15"])
 def test_two_hints_meet_in_one_stack_and_one_apply(name: str):
     graph = read_api(name)
     (apply,) = of_class(graph, "ApplyControl")
@@ -213,7 +242,7 @@ def test_dosing_differs_in_its_dosing_alone():
 
 
 def test_sdxl_union_tells_one_file_two_types():
-    graph = read_api("sdxl_union")
+    graph = read_api("2_photo_depth_pose_sdxl_union")
     (loader,) = [i for i, node in graph.items() if node["class_type"] == "LoadControlNet"]
     assert graph[loader]["inputs"]["control_type"] == "auto"
     (apply,) = of_class(graph, "ApplyControl")
@@ -252,7 +281,7 @@ def test_the_host_knows_every_node_input_and_choice(name: str, host_server: Host
             if choices is None:
                 assert limits.get("min", value) <= value <= limits.get("max", value), f"{where}: {key}"
             elif key not in USERS_FILES or (CONTROLS / str(value)).is_file():
-                assert value in choices, f"{where}: {key}"
+                assert value in choices, f"{where}: {key}"  # the examples that the pack put into the input folder, too
 
 
 @pytest.mark.host
@@ -264,6 +293,52 @@ def test_the_template_browser_shows_them_with_their_pictures(host_server: HostSe
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60) as answer:
             assert answer.headers["Content-Type"] == "image/jpeg"
             assert answer.read() == (WORKFLOWS / f"{name}.jpg").read_bytes()
+
+
+def with_the_lab(graph: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same graph with the embedded model and its controls in place of files that are not here, small and short."""
+    given = {
+        "ckpt_name": lambda _: None,
+        "control_net_name": lambda name: (
+            f"lab_{'depth' if 'depth' in name else 'pose' if 'pose' in name else 'canny'}.safetensors"
+        ),
+        "annotator": lambda name: {"depth_anything": "intensity", "human_pose": "threshold"}.get(name, name),
+        "text": lambda _: "",
+        "width": lambda _: SIDE,
+        "height": lambda _: SIDE,
+        "steps": lambda _: 2,
+    }
+    typed = "SetUnionControlNetType"  # refuses what is no Union
+    instead = {(i, 0): node["inputs"]["control_net"] for i, node in graph.items() if node["class_type"] == typed}
+    (pictures,) = [i for i, node in graph.items() if node["class_type"] in ("LoadImage", "GetVideoComponents")]
+    instead[pictures, 0] = ["small", 0]
+    scaled = {"image": [pictures, 0], "upscale_method": "area", "width": SIDE, "height": SIDE, "crop": "disabled"}
+    stand_in = {"small": {"class_type": "ImageScale", "inputs": scaled}}
+    for i, node in graph.items():
+        inputs = {
+            key: instead.get(tuple(value), value)
+            if isinstance(value, list)
+            else given.get(key, lambda same: same)(value)
+            for key, value in node["inputs"].items()
+        }
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node, inputs = {**node, "class_type": "LoadLabModel"}, {}
+        stand_in[i] = {**node, "inputs": inputs}
+    return {i: node for i, node in stand_in.items() if node["class_type"] != typed}
+
+
+@pytest.mark.host
+@pytest.mark.weights
+@pytest.mark.parametrize(("name", "side"), [*zip(OWN, (SIDE, SIDE, SIDE, 2 * SIDE, None))])
+def test_own_workflows_run_to_their_end(name: str, side: int | None, host_server: HostServer):
+    run = host_server.run(with_the_lab(read_api(name)))
+    (saved,) = [i for i, node in read_api(name).items() if node["class_type"] in ("SaveImage", "SaveVideo")]
+    (file,) = run.outputs[saved]["images"]
+    if side is None:
+        assert file["filename"].endswith(".mp4")
+    else:
+        with Image.open(io.BytesIO(host_server.images(run)[saved][0])) as picture:
+            assert picture.size == (side, side)
 
 
 Paint = Callable[[str], dict[str, np.ndarray]]

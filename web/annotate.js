@@ -14,10 +14,13 @@ function linked(node, name) {
   return node.inputs?.some((input) => input.name === name && input.link != null);
 }
 
-/** Nodes 2.0 before front end 1.34 draw copies of the options and see no change in them: nothing is hidden there. */
-function seesOptions() {
+/** Has Nodes 2.0 look again at the node's widgets. */
+function redraw(node) {
+  if (!window.LiteGraph?.vueNodesMode) return;
+  node.widgets = [...node.widgets]; // another list is seen
+  // Before front end 1.34 they draw copies made when the node came into the graph: it comes once more.
   const [major, minor] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "").split(".").map(Number);
-  return !(major === 1 && minor < 34);
+  if (major === 1 && minor < 34 && !app.configuringGraph) node.graph?.onNodeAdded?.(node);
 }
 
 /** Hides the parameters of all annotators but the chosen one, save what a link sets. */
@@ -31,13 +34,12 @@ function hideOthers(node) {
     if (annotator === undefined) continue;
     const hidden = !showAll && annotator !== choice.value && !linked(node, widget.name);
     widget.hidden = hidden; // read by the canvas
-    widget.options.hidden = hidden && seesOptions(); // read by Nodes 2.0
+    widget.options.hidden = hidden; // read by Nodes 2.0
     // The canvas keeps a row of this height even for what it does not draw, and 4 pixels below it.
     if (hidden) widget.computeSize = () => [0, -4];
     else delete widget.computeSize;
   }
-  // Nodes 2.0 look again when the list is another one.
-  if (window.LiteGraph?.vueNodesMode) node.widgets = [...node.widgets];
+  redraw(node);
 }
 
 /** Hides as the choice says and gives the node the rows that it then needs; room that the user added stays. */

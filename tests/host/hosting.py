@@ -39,6 +39,7 @@ class Host:
         self.folder = folder
         folder_paths.folder_names_and_paths["controlnet"] = ([str(folder)], folder_paths.supported_pt_extensions)
         folder_paths.set_temp_directory(str(folder.parent / "temp"))  # where nodes put the pictures that they show
+        folder_paths.set_input_directory(str(folder.parent / "input"))  # where the pack puts its examples
         # The host's own main() makes its progress bar raise when the user cancels; so does this.
         comfy.utils.set_progress_bar_global_hook(
             lambda *_, **__: comfy.model_management.throw_exception_if_processing_interrupted()
