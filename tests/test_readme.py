@@ -69,4 +69,4 @@ def test_each_kind_of_control_has_its_row(kind: str):
 
 def test_the_lists_of_commands_are_dev_pys():
     commands = re.findall(r"^    python dev\.py (\w+)", (ROOT / "dev.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {"demo", "test", "serve", "lab", "hints", "bench", "fuzz", "setup"} == set(commands)
+    assert {"demo", "test", "serve", "lab", "hints", "bench", "fuzz", "locales", "marks", "setup"} == set(commands)
