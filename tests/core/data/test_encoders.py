@@ -38,30 +38,38 @@ def write_tokenizer(folder: Path) -> int:
 
 def write_model(folder: Path, texts: int = 1, seed: int = 0) -> Path:
     """A tiny random model as diffusers saves it, without a UNet; SDXL has two `texts`."""
-    import diffusers
     import transformers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(seed)
     for ending, kind in list(zip(("", "_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")))[:texts]:
         count = write_tokenizer(folder / f"tokenizer{ending}")
-        sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+        }
         settings = transformers.CLIPTextConfig(
             vocab_size=count, max_position_embeddings=10, eos_token_id=count - 1, projection_dim=12, **sizes
         )
         getattr(transformers, kind)(settings).save_pretrained(folder / f"text_encoder{ending}")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
+    blocks: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    vae: Any = AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
     vae.save_pretrained(folder / "vae")
     return folder
 
 
 def test_a_folder_of_one_text_encoder_gives_its_last_states(tmp_path: Path):
-    import diffusers
     import transformers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     found = encoders.read(write_model(tmp_path))
     picture = as_tensor(array(1))
-    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
     with torch.no_grad():
         expected = vae.encode(picture * 2 - 1).latent_dist.mean * 0.5
     assert torch.equal(found.pictures(picture), expected)
@@ -111,9 +119,9 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path: Path):
 
 
 def test_a_decoder_makes_pictures_of_what_the_unet_sees(tmp_path: Path):
-    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae = diffusers.AutoencoderKL.from_pretrained(write_model(tmp_path) / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(write_model(tmp_path) / "vae")
     latents = torch.randn(2, 4, 4, 6)
     with torch.no_grad():
         expected = (vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
