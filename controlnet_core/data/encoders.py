@@ -130,7 +130,7 @@ def read_vae(path: Path, xl: bool) -> tuple[Any, float]:
     scale = SCALE_XL if xl else SCALE
     try:
         return _vae(own, scale).eval(), scale
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise _unbuilt(path, error) from error
 
 
@@ -190,7 +190,7 @@ def _of_checkpoint(path: Path, tokenizer: Path | None) -> list[TextEncoder]:
     try:
         texts = [TextEncoder(_clip(_part(state, prefix)), words, words.eos_token_id, xl) for prefix in clips]
         return texts + [TextEncoder(_open_clip(_part(state, prefix), xl), words, 0, xl) for prefix in open_clips]
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise _unbuilt(path, error) from error
 
 
