@@ -86,7 +86,7 @@ def run(run: Run, process: Process) -> int:
 
 def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
-    base = read_base(run.base)
+    base = read_base(run.base, run.loras)
     run = _predicting(run, base)
     decode = dataset.enlarged_preview
     if run.vae is not None and process.rank == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.config import DATA, MODEL, TOP, ConfigError, line, load, optional_path_of, path_of, section
+from ..data.config import DATA, MODEL, TOP, ConfigError, line, load, loras_of, optional_path_of, path_of, section
 from .options import MEANINGS, TrainingOptions
 
 __all__ = ["OPTIONS", "SECTIONS", "ConfigError", "Run", "defaults", "read"]
@@ -39,6 +39,7 @@ class Run:
     options: TrainingOptions
     prediction_given: bool = True
     vae: Path | None = None
+    loras: tuple[Path, ...] = ()
 
     def predicting(self, prediction: str) -> Run:
         """This training of a model that predicts this."""
@@ -56,7 +57,8 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Run:
     )
     prediction = {key: value for key, value in found["model"].items() if key == "prediction" and value != AUTO}
     options = TrainingOptions(**prediction, **found["training"])
-    return Run(base, dataset, output, options, bool(prediction), optional_path_of(path, found, "model", "vae"))
+    vae = optional_path_of(path, found, "model", "vae")
+    return Run(base, dataset, output, options, bool(prediction), vae, loras_of(path, found))
 
 
 def defaults() -> str:

@@ -64,6 +64,9 @@ def test_a_file_is_read_and_its_paths_are_its_own(tmp_path: Path):
     assert found.dataset == tmp_path / "d"
     assert found.options == TrainingOptions(steps=9, rank=3, prediction="v")
     assert config.read(written(tmp_path / "x.toml", WHOLE), {}).options == TrainingOptions()
+    text = WHOLE.replace("[data]", 'loras = ["l.safetensors"]\nvae = "v"\n[data]')
+    found = config.read(written(tmp_path / "x.toml", text), {})
+    assert (found.loras, found.vae) == ((tmp_path / "l.safetensors",), tmp_path / "v")
 
 
 def test_whole_paths_stay(tmp_path: Path):
