@@ -55,7 +55,7 @@ def make(making: Making) -> str:
     # Who cannot have the annotator need not wait for the encoders.
     annotate = None if options.hints == GIVEN else annotator(making)
     found = lab_encoders() if (making.base / "autoencoder.safetensors").is_file() else None
-    found = found or encoders.read(making.base, making.tokenizer, making.vae)
+    found = found or encoders.read(making.base, making.tokenizer, making.vae, making.loras)
     started = said = time.monotonic()
     run = caching.make(making.dataset, source.items, found.pictures, found.prompt, annotate, options)
     with locked(making.dataset), closing(run):  # type: ignore[type-var]
@@ -129,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     options = parser.add_argument_group("in place of what the file says")
     for name, (default, meaning) in {**config.MODEL, **config.DATA}.items():
         kind: dict[str, Any] = {"type": Path if name in config.PATHS else type(default), "metavar": str(default)}
+        if isinstance(default, list):
+            kind = {"type": Path, "nargs": "*", "metavar": "PATH"}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         options.add_argument(f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS, help=meaning, **kind)

@@ -22,6 +22,7 @@ TOP = ("output", "model", "data", "training")
 MODEL: dict[str, tuple[Any, str]] = {
     "base": ("model.safetensors", "a checkpoint of SD1.x, SD2.x or SDXL, a folder as diffusers has it, or lab/weights"),
     "tokenizer": ("", "folder of CLIP's vocab.json and merges.txt, where the checkpoint has none beside it"),
+    "loras": ([], "LoRAs as sd-scripts writes them, merged into the base and its text encoder"),
     "vae": ("", "a VAE in place of the base's own; samples have its colours (name the base itself for its own)"),
 }
 
@@ -71,6 +72,7 @@ class Making:
     base: Path
     tokenizer: Path | None
     vae: Path | None
+    loras: tuple[Path, ...]
     folder: Path
     dataset: Path
     annotator_weights: Path
@@ -96,6 +98,7 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
         base=path_of(path, found, "model", "base"),
         tokenizer=optional_path_of(path, found, "model", "tokenizer"),
         vae=optional_path_of(path, found, "model", "vae"),
+        loras=loras_of(path, found),
         folder=path_of(path, found, "data", "folder"),
         dataset=path_of(path, found, "data", "dataset"),
         annotator_weights=path_of(path, found, "data", "annotator_weights", DATA["annotator_weights"][0]),
@@ -148,6 +151,14 @@ def path_of(
 def optional_path_of(path: Path | None, found: Mapping[str, Mapping[str, Any]], section: str, key: str) -> Path | None:
     """`path_of`, None for a key that is left out or empty."""
     return path_of(path, found, section, key) if found[section].get(key) else None
+
+
+def loras_of(path: Path | None, found: Mapping[str, Mapping[str, Any]]) -> tuple[Path, ...]:
+    """The files that `loras` in [model] names; raises ConfigError where it is no list of paths."""
+    named = found["model"].get("loras", [])
+    if not isinstance(named, list):
+        raise ConfigError(f"{_file(path)}{place('model', 'loras')} is {named!r}: expected a list of paths")
+    return tuple(path_of(path, {"model": {"loras": each}}, "model", "loras") for each in named)
 
 
 def place(section: str, key: str) -> str:

@@ -90,7 +90,10 @@ class Dataset:
         """
         manifest = read_manifest(folder)
         if manifest is None:
-            raise DatasetError(f"{folder} holds no dataset (no manifest.json): make one with Make Control Dataset")
+            raise DatasetError(
+                f"{folder} holds no dataset (no manifest.json): make one with Make Control Dataset, or with "
+                "`python -m controlnet_core.data`"
+            )
         wrong = [said for part in (*manifest.prompts, *manifest.shards) if (said := damage(folder, part, whole=False))]
         if wrong:
             raise _damaged(folder, "; ".join(wrong))

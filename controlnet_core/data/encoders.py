@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import ZeroConvError
+from ..files.lora import TEXTS, merged, text_names
 from ..files.reading import read_weights
 from ..files.scales import unscaled
 from ..keys import State, Weights, numbered, some
@@ -70,19 +71,21 @@ class TextEncoder:
         return rearrange(states, "pieces t c -> (pieces t) c"), pooled[0]
 
 
-def read(base: Path, tokenizer: Path | None = None, vae: Path | None = None) -> Encoders:
+def read(base: Path, tokenizer: Path | None = None, vae: Path | None = None, loras: Sequence[Path] = ()) -> Encoders:
     """The encoders of a checkpoint, or of a folder in diffusers' layout, on CUDA where there is one.
 
     What they give is what ComfyUI's VAE Encode and CLIP Text Encode give, but that parentheses are no weights.
     `tokenizer` is the folder of CLIP's vocabulary, which no checkpoint holds; None is that of the ComfyUI that this
-    pack lies in. `vae` is one to take in place of the base's own (`read_vae`). Raises EncoderError, and LoadError for a
-    file that cannot be read.
+    pack lies in. `vae` is one to take in place of the base's own (`read_vae`); `loras` are merged into the text
+    encoder. Raises EncoderError, and LoadError for a file that cannot be read.
     """
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = _of_folder(base) if base.is_dir() else _of_checkpoint(base, tokenizer or _found_tokenizer())
     network, scale = read_vae(vae or base, xl=len(texts) > 1)
     network.to(place)
-    for text in texts:
+    for text, prefix in zip(texts, TEXTS[len(texts)]):
+        weights = text.model.state_dict()
+        text.model.load_state_dict(merged(weights, text_names(weights), prefix, loras))
         text.model.eval().to(place)
 
     @torch.no_grad()
@@ -130,7 +133,7 @@ def read_vae(path: Path, xl: bool) -> tuple[Any, float]:
     scale = SCALE_XL if xl else SCALE
     try:
         return _vae(own, scale).eval(), scale
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise _unbuilt(path, error) from error
 
 
@@ -190,7 +193,7 @@ def _of_checkpoint(path: Path, tokenizer: Path | None) -> list[TextEncoder]:
     try:
         texts = [TextEncoder(_clip(_part(state, prefix)), words, words.eos_token_id, xl) for prefix in clips]
         return texts + [TextEncoder(_open_clip(_part(state, prefix), xl), words, 0, xl) for prefix in open_clips]
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise _unbuilt(path, error) from error
 
 

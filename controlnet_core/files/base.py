@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..diffusion import alphas_cumprod, zero_terminal_snr
 from ..keys import State, has, some
 from ..networks.unet import UNet
 from .loading import LoadError, load_unet, read_weights
+from .lora import UNET, merged, unet_names
 
 PREFIX = "model.diffusion_model."
 WEIGHTS = (
@@ -42,8 +44,8 @@ class Base:
     why: str
 
 
-def read_base(path: Path) -> Base:
-    """The base model in a checkpoint, in a UNet's own file, or in a folder in diffusers' layout.
+def read_base(path: Path, loras: Sequence[Path] = ()) -> Base:
+    """The base model in a checkpoint, in a UNet's own file, or in a folder in diffusers' layout, with `loras` merged.
 
     Raises LoadError, also for a model that is trained in another way than SD1.x, SD2.x and SDXL are.
     """
@@ -58,6 +60,9 @@ def read_base(path: Path) -> Base:
     if isinstance(heads, int):
         metadata = {"num_heads": str(heads)} | metadata
     unet = load_unet(state, metadata, name=path.name)
+    if loras:
+        weights = unet.state_dict()
+        unet.load_state_dict(merged(weights, unet_names(weights, unet.config), UNET, loras), assign=True)
     return Base(unet, *(_said_by_scheduler(path) if path.is_dir() else _said_by_keys(state, unet, path.name)))
 
 

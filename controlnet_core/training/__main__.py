@@ -89,7 +89,7 @@ def run(run: Run, process: Process) -> int:
 
 def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
-    base = read_base(run.base)
+    base = read_base(run.base, run.loras)
     run = _predicting(run, base)
     options, said = fitted(run.options, base.unet.config, Examples.of(dataset), process)
     run = replace(run, options=options)

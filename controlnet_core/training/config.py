@@ -7,7 +7,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.config import DATA, MODEL, OF_TRAINING, TOP, ConfigError, line, load, optional_path_of, path_of, section
+from ..data.config import (
+    DATA,
+    MODEL,
+    OF_TRAINING,
+    TOP,
+    ConfigError,
+    line,
+    load,
+    loras_of,
+    optional_path_of,
+    path_of,
+    section,
+)
 from .options import MEANINGS, TrainingOptions
 
 __all__ = ["OPTIONS", "SECTIONS", "ConfigError", "Run", "defaults", "read"]
@@ -40,6 +52,7 @@ class Run:
     prediction_given: bool = True
     vae: Path | None = None
     control: Path | None = None
+    loras: tuple[Path, ...] = ()
 
     def predicting(self, prediction: str) -> Run:
         """This training of a model that predicts this."""
@@ -58,7 +71,7 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Run:
     vae, control = (optional_path_of(path, found, "model", key) for key in ("vae", "control"))
     prediction = {key: value for key, value in found["model"].items() if key == "prediction" and value != AUTO}
     options = TrainingOptions(**prediction, **found["training"])
-    return Run(base, dataset, output, options, bool(prediction), vae, control)
+    return Run(base, dataset, output, options, bool(prediction), vae, control, loras_of(path, found))
 
 
 def defaults() -> str:

@@ -53,7 +53,7 @@ def vae_of() -> Any:
     }  # fmt: skip
     params = {"ddconfig": ddconfig, "embed_dim": 4}
     state = comfy.ldm.models.autoencoder.AutoencoderKL(**params).state_dict()
-    vae = comfy.sd.VAE(sd=state, config={"params": params})
+    vae: Any = comfy.sd.VAE(sd=state, config={"params": params})
     randomise(vae.first_stage_model, 6)
     return vae
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from zeroconv.controlnet_core.data import __main__ as command
 from zeroconv.controlnet_core.data import config, encoders
@@ -38,30 +38,38 @@ def write_tokenizer(folder: Path) -> int:
 
 def write_model(folder: Path, texts: int = 1, seed: int = 0) -> Path:
     """A tiny random model as diffusers saves it, without a UNet; SDXL has two `texts`."""
-    import diffusers
     import transformers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(seed)
     for ending, kind in list(zip(("", "_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")))[:texts]:
         count = write_tokenizer(folder / f"tokenizer{ending}")
-        sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 3,
+            "intermediate_size": 32,
+        }
         settings = transformers.CLIPTextConfig(
             vocab_size=count, max_position_embeddings=10, eos_token_id=count - 1, projection_dim=12, **sizes
         )
         getattr(transformers, kind)(settings).save_pretrained(folder / f"text_encoder{ending}")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
+    blocks: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    vae: Any = AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
     vae.save_pretrained(folder / "vae")
     return folder
 
 
 def test_a_folder_of_one_text_encoder_gives_its_last_states(tmp_path: Path):
-    import diffusers
     import transformers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     found = encoders.read(write_model(tmp_path))
     picture = as_tensor(array(1))
-    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
     with torch.no_grad():
         expected = vae.encode(picture * 2 - 1).latent_dist.mean * 0.5
     assert torch.equal(found.pictures(picture), expected)
@@ -110,10 +118,29 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path: Path):
     assert not torch.equal(*found)
 
 
-def test_a_decoder_makes_pictures_of_what_the_unet_sees(tmp_path: Path):
-    import diffusers
+@pytest.mark.parametrize(("texts", "prefix"), [(1, "lora_te_"), (2, "lora_te2_")])
+def test_a_lora_is_merged_into_the_text_encoder(tmp_path: Path, texts: int, prefix: str):
+    base = write_model(tmp_path / "model", texts)
+    module = "encoder.layers.1.self_attn.q_proj"
+    named = f"{prefix}text_model_{module.replace('.', '_')}"
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    lora = {f"{named}.lora_down.weight": down, f"{named}.lora_up.weight": up, f"{named}.alpha": torch.tensor(1.0)}
+    save_file(
+        lora | {"lora_unet_x.lora_down.weight": down.clone()}, tmp_path / "lora.safetensors"
+    )  # the UNet's is not read
+    plain, found = encoders.read(base), encoders.read(base, loras=[tmp_path / "lora.safetensors"])
+    part = base / ("text_encoder" if texts == 1 else "text_encoder_2") / "model.safetensors"
+    weights = load_file(part)
+    weights[f"text_model.{module}.weight"] += 0.5 * up @ down
+    save_file(weights, part, metadata={"format": "pt"})
+    torch.testing.assert_close(found.prompt("a cat")[0], encoders.read(base).prompt("a cat")[0])
+    assert not torch.allclose(found.prompt("a cat")[0], plain.prompt("a cat")[0], atol=1e-4)
 
-    vae = diffusers.AutoencoderKL.from_pretrained(write_model(tmp_path) / "vae")
+
+def test_a_decoder_makes_pictures_of_what_the_unet_sees(tmp_path: Path):
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    vae: Any = AutoencoderKL.from_pretrained(write_model(tmp_path) / "vae")
     latents = torch.randn(2, 4, 4, 6)
     with torch.no_grad():
         expected = (vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
@@ -166,13 +193,16 @@ def test_a_file_is_read_and_flags_come_before_it(tmp_path: Path, monkeypatch: py
     text = WHOLE + 'annotator = "canny"\nannotator_resolution = 256\nmirror = true\n[training]\nanything = 1\n'
     found = config.read(toml(tmp_path, text), {})
     assert (found.base, found.dataset, found.folder) == tuple(tmp_path / name for name in "bdf")
-    assert found.tokenizer is None
+    assert found.tokenizer is None and found.loras == ()
     assert found.annotator_weights == tmp_path / "annotators"
     assert found.options == CachingOptions(mirror=True, hints="canny", hint_resolution=256)
     monkeypatch.chdir(tmp_path / "..")
     found = config.read(toml(tmp_path, text), {"folder": Path("here"), "annotator": "given", "resolution": 128})
     assert found.folder == tmp_path.parent / "here"
     assert found.options == CachingOptions(resolution=128, mirror=True)
+    text = text.replace("[data]", 'loras = ["a.safetensors"]\nvae = "v"\n[data]')
+    found = config.read(toml(tmp_path, text), {})
+    assert found.loras == (tmp_path / "a.safetensors",) and found.vae == tmp_path / "v"
 
 
 @pytest.mark.parametrize(
@@ -182,6 +212,7 @@ def test_a_file_is_read_and_flags_come_before_it(tmp_path: Path, monkeypatch: py
         (WHOLE.replace('folder = "f"', ""), r"lacks folder in \[data\]: --defaults prints a whole file"),
         (WHOLE + "resolution = 1.5", r"resolution in \[data\] is 1.5: expected one like 512"),
         (WHOLE + "resolution = 8", r"resolution in \[data\] is 8: expected 64 to 8192"),
+        (WHOLE.replace("[data]", "loras = 'a'\n[data]"), r"loras in \[model\] is 'a': expected a list of paths"),
         (WHOLE + "mirror = 1", r"mirror in \[data\] is 1: expected one like False"),
     ],
 )

@@ -27,20 +27,22 @@ def checkpoint(path: Path, **marks: Tensor) -> Path:
 
 def folder(path: Path, **scheduler: Any) -> Path:
     """A UNet of CONFIG and a scheduler, as diffusers saves them."""
-    import diffusers
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=8,
-    )
+    layout: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 8,
+        "attention_head_dim": 8,
+    }
+    unet = UNet2DConditionModel(**layout)
     unet.save_pretrained(path / "unet")
     usual = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    diffusers.DDIMScheduler(**{**usual, **scheduler}).save_pretrained(path / "scheduler")
+    DDIMScheduler(**{**usual, **scheduler}).save_pretrained(path / "scheduler")
     return path
 
 
@@ -72,13 +74,13 @@ def test_the_marks_of_a_checkpoint_say_what_it_predicts(tmp_path: Path):
 
 @torch.no_grad()
 def test_a_folder_of_diffusers_is_a_base(tmp_path: Path):
-    import diffusers
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     found = read_base(folder(tmp_path))
     assert (found.prediction, found.why) == ("eps", "prediction_type of scheduler_config.json")
     torch.testing.assert_close(found.alphas, alphas_cumprod())
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 8)
-    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     torch.testing.assert_close(found.unet(x, t, context), theirs(x, t, context).sample, rtol=1e-4, atol=1e-5)
 
 

@@ -64,6 +64,9 @@ def test_a_file_is_read_and_its_paths_are_its_own(tmp_path: Path):
     assert found.dataset == tmp_path / "d"
     assert found.options == TrainingOptions(steps=9, rank=3, prediction="v")
     assert config.read(written(tmp_path / "x.toml", WHOLE), {}).options == TrainingOptions()
+    text = WHOLE.replace("[data]", 'loras = ["l.safetensors"]\nvae = "v"\n[data]')
+    found = config.read(written(tmp_path / "x.toml", text), {})
+    assert (found.loras, found.vae) == ((tmp_path / "l.safetensors",), tmp_path / "v")
 
 
 def test_whole_paths_stay(tmp_path: Path):
@@ -274,11 +277,14 @@ def test_what_the_base_predicts_is_read_from_it(
 
 
 def test_samples_are_shown_by_a_vae_that_is_given(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
+    blocks: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    vae = AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "vae")
     file = str(write_config(tmp_path, folder / "data", steps=1, sample_every=1))
     assert command.main([file, "--vae", str(tmp_path / "vae")]) == 0
