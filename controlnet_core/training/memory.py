@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.dataset import Dataset
+from ..networks.recompute import _autocast
 from ..networks.unet import UNet, UNetConfig
 from .controlled_unet import ControlledUNet, build, keep_activations
 from .distributed import ALONE, Process
@@ -212,7 +213,7 @@ class Peak(TorchDispatchMode):
 
 def _norm_in_fp32(norm: Any, x: Tensor) -> Tensor:
     """A norm as CUDA's autocast has it, in fp32; the CPU's, under which passes are counted, leaves it in x's dtype."""
-    if not torch.is_autocast_enabled("cpu"):
+    if not _autocast("cpu")[-1]:
         return type(norm).forward(norm, x)
     with torch.autocast("cpu", enabled=False):
         x, weight, bias = x.float(), norm.weight.float(), norm.bias.float()

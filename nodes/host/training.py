@@ -86,13 +86,14 @@ def train(
     score = structure if fidelity == "structure" else annotated(dataset, decoder, node_id)
 
     comfy.model_management.unload_all_models()
-    process = Process(device=comfy.model_management.get_torch_device())
-    options, fits = fitted(options, config, Examples.of(dataset), process)
-    if fits:
-        log.info(fits)
+    process, fits = Process(device=comfy.model_management.get_torch_device()), ""
     with locked(folder), torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
+        if not done:
+            options, fits = fitted(options, config, Examples.of(dataset), process)
+            if fits:
+                log.info(fits)
         steps = loop.train(options, base, config, alphas, dataset, folder, score, process)
         del base  # the training lets go of it, too, once it has its own
         if not done:
