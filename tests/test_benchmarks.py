@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroconv.benchmarks import load, step
+from zeroconv.benchmarks import load, memory, step
 from zeroconv.benchmarks.load import Loaded
 from zeroconv.benchmarks.step import Measured, Operations, ratios
+from zeroconv.controlnet_core.networks.unet import UNetConfig
 from zeroconv.devtools import DevError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,3 +96,18 @@ def test_the_command_prints_a_table(name: str, given: list[str], comfy_path: Pat
     assert "| ours" in done.stdout
     assert "| native" in done.stdout
     assert {path.suffix for path in tmp_path.iterdir()} >= {".md", ".json"}
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted_option_by_option():
+    config = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(1, 0))
+    found = list(memory.rows(config, 128, 4))
+    assert [row.options for row in found][:4] == [
+        "recompute off", "+ recompute on", "+ gradient_checkpointing on", "+ optimizer_in_ram on",
+    ]  # fmt: skip
+    totals = [row.total for row in found[: len(memory.SAVING)]]
+    assert totals == sorted(totals, reverse=True)
+    assert len(found) == len(memory.SAVING) + len(memory.OTHERS)
+    assert memory.line(memory.Row("lion", 1.0, 0.5, 2.0, 3.9, 0.0)) == "| lion | 1.0 | 0.5 | 2.0 | 3.9 | 0.0 |"

@@ -93,6 +93,10 @@ def build(
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(p.detach().to(options.trained_dtype), p.requires_grad))
     controlled = ControlledUNet(unet, control, options)
+    # What is locked is the same in all processes: DistributedDataParallel need not send it, and gloo cannot send fp8.
+    controlled._ddp_params_and_buffers_to_ignore = [
+        name for name, p in controlled.named_parameters() if not p.requires_grad
+    ]  # type: ignore[assignment]
     keep_activations(controlled, options)
     return controlled
 

@@ -17,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.dataset import Dataset
+from ..networks.recompute import _autocast
 from ..networks.unet import UNet, UNetConfig
 from .controlled_unet import ControlledUNet, build, keep_activations
 from .distributed import ALONE, Process
 from .options import TrainingOptions
 from .parts import AT_ONCE
 
-GB = 1e9
+GB = 2.0**30
+"""As cards are sold."""
 
 RESERVE = 0.4 * GB
 """What kernels work in and what the allocator's blocks lose, beside what is counted."""
@@ -46,7 +48,8 @@ def advice(options: TrainingOptions) -> str:
     if not options.gradient_checkpointing:
         return "Turn gradient_checkpointing on and resume."
     if options.optimizer != "adamw8bit":
-        return "Choose optimizer adamw8bit in a new run, or kind control_lora."
+        moved = "" if options.optimizer_in_ram else "Turn optimizer_in_ram on and resume, or choose "
+        return f"{moved or 'Choose '}optimizer adamw8bit in a new run, or kind control_lora."
     return "Choose kind control_lora, or a dataset of a lower resolution."
 
 
@@ -74,8 +77,8 @@ class Needs:
     """Bytes that a training takes at once, by what takes them.
 
     `weights` are those of the locked and of the trained networks, `optimizer` its state, `averages` those of the
-    weights, `step` what is added while a step is made: gradients, and activations or what the optimizer works in. `ram`
-    is what lies in main memory instead.
+    weights, `step` what is added at the worst moment: gradients, and activations or what the optimizer works in; or
+    what held-out pictures are sampled in. `ram` is what lies in main memory instead.
     """
 
     weights: int
@@ -112,7 +115,7 @@ class Counter:
             weights=sum(t.nbytes for t in (*controlled.parameters(), *controlled.buffers())),
             optimizer=0 if options.optimizer_in_ram else state,
             averages=sum(4 * p.numel() for p in trained) if options.ema else 0,
-            step=max(step, self.passing(options, options.batch_size // world)),
+            step=max(step, self.passing(options, options.batch_size // world), self.sampling(options)),
             ram=state if options.optimizer_in_ram else 0,
         )
 
@@ -137,20 +140,41 @@ class Counter:
         if key in self._peaks:
             return self._peaks[key]
         keep_activations(controlled, options)
-        height, width = self.examples.height, self.examples.width
         with self._without_numbers(), Peak(controlled) as peak:
-            noisy = torch.zeros(batch, self.config.out_channels, height // 8, width // 8)
-            context = torch.zeros(batch, self.examples.tokens, self.config.context_dim)
-            hints = torch.zeros(batch, self.examples.hint_channels, height, width)
-            pooled = self.config.adm_in_channels
-            y = None if pooled is None else torch.zeros(batch, pooled)
-            timesteps = torch.zeros(batch, dtype=torch.int64)
+            noisy, timesteps, context, hints, y = self._inputs(batch)
             with options.autocast(torch.device("cpu")):
                 predicted = controlled(noisy, timesteps, context, hints, y)
             (predicted.float() - noisy).square().mean().backward()
             controlled.zero_grad(set_to_none=True)
         self._peaks[key] = peak.most
         return peak.most
+
+    def sampling(self, options: TrainingOptions) -> int:
+        """The most bytes at once, beside the weights, while the held-out pictures are sampled, both halves at once."""
+        controlled = self._network(options)
+        pictures = options.held_out if options.sample_every else 0
+        key = id(controlled), pictures, options.guidance_scale == 1
+        if pictures and key not in self._peaks:
+            n = 1 if options.guidance_scale == 1 else 2
+            with self._without_numbers(), Peak(controlled) as peak, torch.no_grad():
+                noisy, timesteps, context, _, y = self._inputs(pictures * n)
+                *_, hints, _ = self._inputs(pictures)
+                with options.autocast(torch.device("cpu")):
+                    guided_hint = controlled.control.encode_hint(hints).repeat(n, 1, 1, 1)
+                    controlled.predict(noisy, timesteps, context, guided_hint, y)
+            self._peaks[key] = peak.most
+        return self._peaks.get(key, 0)
+
+    def _inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Latents, timesteps, context, hints and vector y of a pass."""
+        examples, pooled = self.examples, self.config.adm_in_channels
+        return (
+            torch.zeros(batch, self.config.out_channels, examples.height // 8, examples.width // 8),
+            torch.zeros(batch, dtype=torch.int64),
+            torch.zeros(batch, examples.tokens, self.config.context_dim),
+            torch.zeros(batch, examples.hint_channels, examples.height, examples.width),
+            None if pooled is None else torch.zeros(batch, pooled),
+        )
 
     def _without_numbers(self) -> AbstractContextManager[Any]:
         if not hasattr(self, "_mode"):
@@ -189,7 +213,7 @@ class Peak(TorchDispatchMode):
 
 def _norm_in_fp32(norm: Any, x: Tensor) -> Tensor:
     """A norm as CUDA's autocast has it, in fp32; the CPU's, under which passes are counted, leaves it in x's dtype."""
-    if not torch.is_autocast_enabled("cpu"):
+    if not _autocast("cpu")[-1]:
         return type(norm).forward(norm, x)
     with torch.autocast("cpu", enabled=False):
         x, weight, bias = x.float(), norm.weight.float(), norm.bias.float()

@@ -94,13 +94,14 @@ def train(
     begin = None if control_net is None else loaded_control(control_net).control
 
     comfy.model_management.unload_all_models()
-    process = Process(device=comfy.model_management.get_torch_device())
-    options, fits = fitted(options, config, Examples.of(dataset), process)
-    if fits:
-        log.info(fits)
+    process, fits = Process(device=comfy.model_management.get_torch_device()), ""
     with locked(folder), torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
+        if not done:
+            options, fits = fitted(options, config, Examples.of(dataset), process)
+            if fits:
+                log.info(fits)
         steps = loop.train(options, base, config, alphas, dataset, folder, score, process, begin)
         del base, begin  # the training lets go of them, too, once it has its own
         watching = Watch(folder, {**options.as_dict(), "fidelity": fidelity}, dataset, options, decoder, node_id)

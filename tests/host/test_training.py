@@ -21,7 +21,7 @@ from zeroconv.controlnet_core.data.caching import CachingOptions, make
 from zeroconv.controlnet_core.data.dataset import Dataset
 from zeroconv.controlnet_core.data.sources import Item
 from zeroconv.controlnet_core.diffusion import alphas_cumprod
-from zeroconv.controlnet_core.training import checkpoint, loop
+from zeroconv.controlnet_core.training import checkpoint, loop, memory
 from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
 from zeroconv.controlnet_core.training.options import TrainingOptions
 
@@ -544,6 +544,23 @@ def test_options_that_do_not_go_together_are_refused_where_they_are_made(host: H
     assert TrainingOptions(**options) == TrainingOptions(timesteps="cubic")
     with pytest.raises(Exception, match="middle_only is for little compute, unlock_decoder for much"):
         host.call("TrainingOptions", middle_only=True, unlock_decoder=True)
+
+
+def test_on_a_card_that_is_too_small_it_trains_with_what_takes_least(
+    run: Run, output: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(memory, "available", lambda device: 1e6)
+    caplog.set_level("INFO")
+    run(precision="bf16", steps=1, sample_every=0)
+    assert (
+        "GB of memory, 0.0 GB are free: it is trained with batch_size 1, accumulation 2, gradient_check" in caplog.text
+    )
+    kept = json.loads((output / "mine" / "options.json").read_text(encoding="utf-8"))
+    assert (kept["optimizer_in_ram"], kept["base_weights"], kept["control_weights"]) == (True, "fp8", "bf16")
+    assert len(losses(output / "mine")) == 1
+    asked = len(caplog.records)
+    run(precision="bf16", steps=1, sample_every=0)  # finished: nothing is counted
+    assert not any("GB of memory" in record.message for record in caplog.records[asked:])
 
 
 # -- watching it -------------------------------------------------------------------------------------------------------
