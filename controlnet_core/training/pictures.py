@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.dataset import Dataset
+from ..files.saving import SaveError
 from ..files.writing import replacing
 from .checkpoint import Checkpoint
 from .options import TrainingOptions
@@ -50,13 +51,19 @@ def changes(folder: Path, dataset: Dataset) -> str:
 
 
 def note(folder: Path, dataset: Dataset) -> None:
-    """Write down in the run's folder which pictures it is trained on."""
+    """Write down in the run's folder which pictures it is trained on; raises SaveError."""
     now = _stamps(dataset)
     if now == _known(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / NAME) as temporary:
-        temporary.write_text(json.dumps(now), encoding="utf-8", newline="\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / NAME) as temporary:
+            temporary.write_text(json.dumps(now), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise SaveError(
+            f"{NAME} cannot be written into {folder}: {error}: make room there, or choose a folder that can be "
+            "written to"
+        ) from error
 
 
 def _stamps(dataset: Dataset) -> dict[str, str]:

@@ -376,7 +376,7 @@ def test_after_cancel_its_control_is_listed_and_fewer_steps_give_it(
     assert losses(output / "mine") == before
     assert len(before) == 3
     assert Path(name) == Path("zeroconv/mine.safetensors")
-    assert sorted(path.name for path in file.parent.iterdir()) == ["mine.safetensors"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["mine-best.safetensors", "mine.safetensors"]
     assert_bits({key: tensor.half() for key, tensor in load_file(file).items()}, interim)
     assert plot.shape[1] > 200
     assert samples.shape[1] > 2 * SIZE

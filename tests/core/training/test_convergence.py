@@ -13,6 +13,8 @@ from zeroconv.controlnet_core.training.convergence import (
     LEVEL,
     Average,
     ConvergenceError,
+    best,
+    has_fallen,
     smoothed,
     sudden_convergence,
 )
@@ -266,3 +268,28 @@ def test_average_leaves_out_what_is_not_finite():
     assert smoothed([1.0, nan, inf, 1.0]) == pytest.approx([1.0, 1.0, 1.0, 1.0])
     assert np.isnan(smoothed([nan, 2.0])[0])
     assert smoothed([nan, 2.0])[1] == 2.0
+
+
+# -- the best, and a fall from it -------------------------------------------------------------------------------------
+
+
+def test_the_best_is_the_first_of_the_highest_after_the_base():
+    assert best([]) is None
+    assert best([(0, 0.9)]) is None
+    assert best([(0, 0.9), (5, 0.2), (10, float("nan")), (15, 0.4), (20, 0.4)]) == (15, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "fallen"),
+    [
+        ([0.1, 0.8], False),
+        ([0.8, 0.6, 0.6], False),  # it may be noise
+        ([0.8, 0.6, 0.6, 0.6], True),
+        ([0.8, 0.6, 0.79, 0.6], False),
+        ([0.8, 0.73, 0.73, 0.73], False),  # less than a tenth
+        ([0.2, 0.16, 0.16, 0.16], False),  # less than 0.05
+        ([0.8, 0.6, 0.6, 0.6, 0.9], False),
+    ],
+)
+def test_a_lasting_fall(scores: list[float], fallen: bool):
+    assert has_fallen([(step + 1, score) for step, score in enumerate(scores)]) is fallen

@@ -81,3 +81,29 @@ def test_gradients_are_clipped_together(largest: float):
     assert ours.clip_gradients(largest).item() == pytest.approx(count**0.5)
     after = sum(parameter.grad.square().sum().item() for parameter in parameters) ** 0.5
     assert after == pytest.approx(largest or count**0.5, rel=1e-4)
+
+
+def test_within_it_the_averages_are_the_weights_and_both_come_back_bit_for_bit():
+    ours = state(1, decay=0.9)
+    for _ in range(3):
+        step(ours)
+    weights, averages = (
+        {name: tensor.detach().clone() for name, tensor in tensors.items()} for tensors in (ours.weights, ours.averages)
+    )
+    assert not equal(weights, averages)
+    with ours.averaged():
+        assert equal(ours.weights, averages)
+        assert equal(ours.averages, weights)
+    assert equal(ours.weights, weights)
+    assert equal(ours.averages, averages)
+    assert ours.result is ours.averages
+    assert state(1).result is not None
+
+
+def test_a_new_optimizer_begins_anew():
+    first, again = state(1), state(2)
+    step(first)
+    again.restore(first.to_checkpoint({}), optimizer=False)
+    assert equal(first.weights, again.weights)
+    assert not again.optimizer.state
+    assert again.step == 1
