@@ -8,7 +8,6 @@ from comfy_api.latest import io, ui
 
 from ..controlnet_core.training import options as training
 from .dataset import ControlDataset
-from .host.training import train
 
 OptionsSocket = io.Custom("TRAINING_OPTIONS")
 
@@ -95,6 +94,8 @@ class TrainControlNet(io.ComfyNode):
         options: dict[str, Any] | None = None,
         **chosen: Any,
     ) -> io.NodeOutput:
+        from .host.training import train  # with all that trains, which ComfyUI's start does not wait for
+
         all_of = training.from_dict({**(options or {}), **chosen})
         trained = train(model, clip, vae, dataset, name, all_of, fidelity, cls.hidden.unique_id)
         shown = {**ui.PreviewImage(trained.plot, cls=cls).as_dict(), **ui.PreviewText(trained.says).as_dict()}
