@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,12 @@ class Parameter:
     step: float = 0.01
     choices: tuple[str, ...] = ()
     default: Any = None
+
+
+@cache
+def _read(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """The parameters that a function reads, by name."""
+    return signature(function).parameters
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,13 @@ class Annotator:
     gives_pose: bool = False
 
     def __post_init__(self) -> None:
-        own = {**signature(self.function).parameters, **(signature(self.draw).parameters if self.draw else {})}
+        own = {**_read(self.function), **(_read(self.draw) if self.draw else {})}
         filled = tuple(replace(parameter, default=own[parameter.name].default) for parameter in self.parameters)
         object.__setattr__(self, "parameters", filled)
 
     def own(self, function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters that `function`, one of the two, reads: as `given`, else their defaults."""
-        names = signature(function).parameters
+        names = _read(function)
         return {p.name: given.get(p.name, p.default) for p in self.parameters if p.name in names}
 
 

@@ -39,19 +39,23 @@ when: of three steps of sampling, half of them in the first two.
 Real weights: `load_unet(*read_weights(path))` and `load_control(*read_weights(path)).control`.
 """
 
-from .data.dataset import Dataset
-from .diffusion import alphas_cumprod, guide, sample_ddim
-from .dosing.block_weights import BlockWeights
-from .dosing.clock import Clock
-from .dosing.schedule import Schedule
-from .dosing.strength import Strength
-from .dosing.window import Window
-from .files.loading import load_control, load_unet, read_weights
-from .networks.controlnet import ControlNet, copy_encoder
-from .networks.residuals import Residuals
-from .networks.unet import UNet, UNetConfig
-from .training.loop import train
-from .training.options import TrainingOptions
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data.dataset import Dataset
+    from .diffusion import alphas_cumprod, guide, sample_ddim
+    from .dosing.block_weights import BlockWeights
+    from .dosing.clock import Clock
+    from .dosing.schedule import Schedule
+    from .dosing.strength import Strength
+    from .dosing.window import Window
+    from .files.loading import load_control, load_unet, read_weights
+    from .networks.controlnet import ControlNet, copy_encoder
+    from .networks.residuals import Residuals
+    from .networks.unet import UNet, UNetConfig
+    from .training.loop import train
+    from .training.options import TrainingOptions
 
 __all__ = [
     "BlockWeights",
@@ -74,3 +78,52 @@ __all__ = [
     "sample_ddim",
     "train",
 ]
+
+_FILES = {
+    "Dataset": "data.dataset",
+    **dict.fromkeys(
+        (
+            "alphas_cumprod",
+            "guide",
+            "sample_ddim",
+        ),
+        "diffusion",
+    ),
+    "BlockWeights": "dosing.block_weights",
+    "Clock": "dosing.clock",
+    "Schedule": "dosing.schedule",
+    "Strength": "dosing.strength",
+    "Window": "dosing.window",
+    **dict.fromkeys(
+        (
+            "load_control",
+            "load_unet",
+            "read_weights",
+        ),
+        "files.loading",
+    ),
+    **dict.fromkeys(
+        (
+            "ControlNet",
+            "copy_encoder",
+        ),
+        "networks.controlnet",
+    ),
+    "Residuals": "networks.residuals",
+    **dict.fromkeys(
+        (
+            "UNet",
+            "UNetConfig",
+        ),
+        "networks.unet",
+    ),
+    "train": "training.loop",
+    "TrainingOptions": "training.options",
+}
+"""Where each of these is: a host that only lists its nodes shall not wait for the training, nor for what it loads."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_FILES[name]}", __name__), name)

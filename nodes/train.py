@@ -8,7 +8,6 @@ from comfy_api.latest import io, ui
 
 from ..controlnet_core.training import options as training
 from .dataset import ControlDataset
-from .host.training import train
 
 OptionsSocket = io.Custom("TRAINING_OPTIONS")
 
@@ -21,18 +20,19 @@ OFTEN = (
 )
 """The options that are widgets of TrainControlNet, in this order: saved workflows keep values by place."""
 
-SELDOM = (
-    *("rank", "connections", "hint_encoder", "middle_only", "unlock_decoder", "decoder_learning_rate"),
-    *("empty_prompts", "timesteps", "min_snr", "clip", "optimizer", "weight_decay", "ema", "keep"),
-    *("sample_steps", "guidance_scale"),
+LATER = (
     *("huber", "offset_noise", "min_timestep", "max_timestep", "zero_terminal_snr"),
     *("fit_memory", "recompute", "optimizer_in_ram", "base_weights", "control_weights"),
     *("keep_controls", "control_dtype", "graphs"),
 )
-"""Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
-
-LATER = ("keep_controls", "control_dtype")
 """Those that graphs of earlier versions do not have: they may be left out."""
+
+SELDOM = (
+    *("rank", "connections", "hint_encoder", "middle_only", "unlock_decoder", "decoder_learning_rate"),
+    *("empty_prompts", "timesteps", "min_snr", "clip", "optimizer", "weight_decay", "ema", "keep"),
+    *("sample_steps", "guidance_scale", *LATER),
+)
+"""Those of TrainingOptions. `prediction` is none: the model says what it predicts."""
 
 MOST = 1_000_000_000
 STEPS = {
@@ -112,6 +112,8 @@ class TrainControlNet(io.ComfyNode):
         control_net: Any = None,
         **chosen: Any,
     ) -> io.NodeOutput:
+        from .host.training import train  # with all that trains, which ComfyUI's start does not wait for
+
         all_of = training.from_dict({**(options or {}), **chosen})
         trained = train(model, clip, vae, dataset, name, all_of, fidelity, cls.hidden.unique_id, control_net)
         shown = {**ui.PreviewImage(trained.plot, cls=cls).as_dict(), **ui.PreviewText(trained.says).as_dict()}

@@ -44,6 +44,28 @@ class FrontEnd:
         return self.page.evaluate(script, argument)
 
 
+@contextmanager
+def opened(server: HostServer, height: int = 900) -> Iterator[FrontEnd]:
+    """The server's page in a browser with a window of 1600 pixels by `height`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the PATH")
+    server.post("/api/settings", {"Comfy.TutorialCompleted": True})
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": height})
+        page.set_default_timeout(SECONDS * 1000)
+        front_end = FrontEnd(page)
+        page.on("pageerror", lambda error: front_end.errors.append(f"error in the page: {error}"))
+        page.on("console", lambda message: _hear(front_end, message.text))
+        page.on("response", lambda response: _see(front_end, response.status, response.url))
+        page.goto(server.url)
+        page.wait_for_function(READY)
+        yield front_end
+        browser.close()
+
+
 # Not for the whole session: while Playwright lives, this thread has an event loop, and asyncio.run fails in the rest.
 @pytest.fixture(scope="module")
 def front_end(host_server: HostServer) -> Iterator[FrontEnd]:
@@ -68,28 +90,6 @@ def each_front_end(request: pytest.FixtureRequest) -> Iterator[FrontEnd]:
     """ComfyUI's own front end, then the newer one."""
     with opened(request.getfixturevalue(request.param)) as page:
         yield page
-
-
-@contextmanager
-def opened(server: HostServer, height: int = 900) -> Iterator[FrontEnd]:
-    """The server's page in a browser with a window of 1600 pixels by `height`; skips where there is no browser."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the PATH")
-    server.post("/api/settings", {"Comfy.TutorialCompleted": True})
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1600, "height": height})
-        page.set_default_timeout(SECONDS * 1000)
-        front_end = FrontEnd(page)
-        page.on("pageerror", lambda error: front_end.errors.append(f"error in the page: {error}"))
-        page.on("console", lambda message: _hear(front_end, message.text))
-        page.on("response", lambda response: _see(front_end, response.status, response.url))
-        page.goto(server.url)
-        page.wait_for_function(READY)
-        yield front_end
-        browser.close()
 
 
 def _hear(front_end: FrontEnd, text: str) -> None:
