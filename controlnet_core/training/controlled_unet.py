@@ -35,6 +35,9 @@ class ControlledUNet(nn.Module):
         self.checkpointing = options.gradient_checkpointing
         if isinstance(control, ControlLora):
             control.bind(unet)
+        # The locked base is the same in all processes: DistributedDataParallel need not send it, and gloo cannot fp8.
+        locked = [name for name, p in self.named_parameters() if not p.requires_grad]
+        self._ddp_params_and_buffers_to_ignore: list[str] = locked
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, context: Tensor, hints: Tensor, y: Tensor | None = None
@@ -93,10 +96,6 @@ def build(
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(p.detach().to(options.trained_dtype), p.requires_grad))
     controlled = ControlledUNet(unet, control, options)
-    # What is locked is the same in all processes: DistributedDataParallel need not send it, and gloo cannot send fp8.
-    controlled._ddp_params_and_buffers_to_ignore = [
-        name for name, p in controlled.named_parameters() if not p.requires_grad
-    ]  # type: ignore[assignment]
     keep_activations(controlled, options)
     return controlled
 
