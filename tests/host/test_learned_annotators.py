@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -128,9 +128,9 @@ class Bench:
         self.patch = patch
         build = self.adapter._built
 
-        def built(name: str, node_id: str | None) -> torch.nn.Module:
-            self.built.append(name)
-            return build(name, node_id)
+        def built(network: Network, paths: Sequence[Path]) -> torch.nn.Module:
+            self.built.append(network.name)
+            return build(network, paths)
 
         patch.setattr(self.adapter, "_built", built)
         self.forget()
