@@ -33,6 +33,8 @@ LOAD = """async ([workflow, vue]) => {
     await app.loadGraphData(workflow);
     document.querySelectorAll('.p-toast').forEach(toast => toast.remove());
 }"""
+# What newer front ends say of files that the user has still to get; it lies over the canvas until it is closed.
+CLOSE = "() => document.querySelector('[data-testid=error-overlay-dismiss]')?.click()"
 DRAWN = """(vue) => !vue
     || document.querySelectorAll('[data-node-id]').length === app.graph._nodes.length"""
 # Boxes as they are on the screen, in pixels of the page: the canvas draws the ones, the page lays out the others.
@@ -75,6 +77,7 @@ def load(screen: FrontEnd, name: str, vue: bool) -> None:
     screen.run(LOAD, [json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")), vue])
     screen.page.wait_for_function(DRAWN, arg=vue)
     screen.page.wait_for_timeout(500)  # sizes settle in a few frames
+    screen.run(CLOSE)
 
 
 def leave(screen: FrontEnd, file: Path) -> None:
