@@ -164,6 +164,12 @@ class Dataset:
         return blake2b(repr((self.manifest.options, self.prompts, said)).encode(), digest_size=8).hexdigest()
 
     @property
+    def stamps(self) -> dict[str, str]:
+        """The name of each picture, with the stamp of what it was made from."""
+        entries = (entry for shard in self.manifest.shards for entry in shard.entries)
+        return {entry.name: entry.stamp for entry in entries if entry.live}
+
+    @property
     def hint_channels(self) -> int:
         """Channels of the hints that `read` gives."""
         return 3

@@ -40,7 +40,7 @@ def names(dataset: Dataset, items: Sequence[int]) -> list[str]:
 
 def changes(folder: Path, dataset: Dataset) -> str:
     """What has changed in the dataset since `note` was called: "3 pictures were added, 1 is gone"."""
-    before, now = _known(folder), _stamps(dataset)
+    before, now = _known(folder), dataset.stamps
     if not before:
         return "it is not known how"
     added, gone = now.keys() - before.keys(), before.keys() - now.keys()
@@ -52,7 +52,7 @@ def changes(folder: Path, dataset: Dataset) -> str:
 
 def note(folder: Path, dataset: Dataset) -> None:
     """Write down in the run's folder which pictures it is trained on; raises SaveError."""
-    now = _stamps(dataset)
+    now = dataset.stamps
     if now == _known(folder):
         return
     try:
@@ -64,11 +64,6 @@ def note(folder: Path, dataset: Dataset) -> None:
             f"{NAME} cannot be written into {folder}: {error}: make room there, or choose a folder that can be "
             "written to"
         ) from error
-
-
-def _stamps(dataset: Dataset) -> dict[str, str]:
-    entries = (entry for shard in dataset.manifest.shards for entry in shard.entries)
-    return {entry.name: entry.stamp for entry in entries if entry.live}
 
 
 def _known(folder: Path) -> dict[str, str]:

@@ -49,6 +49,10 @@ class Data:
     hint_channels: int = 3
     fingerprint: str = "seeded"
 
+    @property
+    def stamps(self) -> dict[str, str]:
+        return {}
+
     def __len__(self) -> int:
         return 6
 
