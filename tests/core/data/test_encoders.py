@@ -58,7 +58,8 @@ def write_model(folder: Path, texts: int = 1, seed: int = 0) -> Path:
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
-    vae: Any = AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
+    blocks |= {"block_out_channels": [8] * 4, "norm_num_groups": 4, "scaling_factor": 0.5}
+    vae: Any = AutoencoderKL(**blocks)
     vae.save_pretrained(folder / "vae")
     return folder
 

@@ -284,7 +284,8 @@ def test_samples_are_shown_by_a_vae_that_is_given(folder: Path, tmp_path: Path, 
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
-    vae = AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, scaling_factor=0.5)
+    blocks |= {"block_out_channels": [8] * 4, "norm_num_groups": 4, "scaling_factor": 0.5}
+    vae: Any = AutoencoderKL(**blocks)
     vae.save_pretrained(tmp_path / "vae")
     file = str(write_config(tmp_path, folder / "data", steps=1, sample_every=1))
     assert command.main([file, "--vae", str(tmp_path / "vae")]) == 0
