@@ -130,12 +130,12 @@ def listed(of: Collection[str] | None = None) -> list[str]:
 
 def groups(of: Collection[str] | None = None) -> str:
     """The same for people: each group with its annotators, and how much those with a network download."""
-    sizes = {network.name: sum(file.size for file in network.files) for network in NETWORKS}
-    needed = {annotator.name: sum(sizes[name] for name in annotator.networks) / 1e6 for annotator in ANNOTATORS}
+    sizes = {network.name: sum(file.size for file in network.files) / 1e6 for network in NETWORKS}
+    needed = {annotator.name: sum(sizes.get(name, 0) for name in annotator.networks) for annotator in ANNOTATORS}
     lines = []
     for group, names in GROUPS.items():
         shown = [name for name in names if of is None or name in of]
-        marked = [f"{name} ({max(1, round(needed[name]))} MB)" if needed[name] else name for name in shown]
+        marked = [f"{name} ({max(1, round(needed[name]))} MB)" if needed.get(name) else name for name in shown]
         lines += [f"{group}: {', '.join(marked)}."] if shown else []
     return "\n".join([*lines, "MB: downloaded when it runs for the first time."])
 
