@@ -50,7 +50,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "TrainControlNet": ("train", "training", "controlnet training", "finetune", "fine-tune"),
     "TrainingOptions": ("train options", "training options", "optimizer", "hyperparameters"),
 }
-"""By node id. Pages of ComfyUI that know search aliases read them by themselves, for others web/search.js does."""
+"""By node id, for pages of ComfyUI that know search aliases; web/search.js has entries for those that look at names."""
 
 
 FOLDED: dict[str, tuple[str, ...]] = {

@@ -1,43 +1,65 @@
-// Finds the pack's nodes by the words that people type. Older front ends look at names alone, and only at their first 30
-// letters; newer ones know the words, but put what they find by them behind every name that merely resembles them.
-// Here our nodes that have the typed word come second, behind what the front end itself puts first. Nothing is left out.
+// What people type when they look for a hint or a loader ("openpose", "canny", "t2i adapter"), each as an entry of its own in
+// the search and in the library. It puts down the pack's node of that kind with the choice made; that is what is saved.
 
 import { app } from "../../scripts/app.js";
 
-const simple = (text) => text.toLowerCase().replace(/[\s_-]+/g, " ").trim();
+/** What is made of a picture, and the annotator that makes it. */
+const HINTS = {
+  "OpenPose pose": "human_pose",
+  "Canny edge": "canny",
+  "HED soft edge": "hed",
+  "Lineart": "lineart_realistic",
+  "Scribble": "scribble",
+  "M-LSD (mlsd) lines": "mlsd",
+  "Depth map": "depth_anything",
+  "Normal map": "normal_moge",
+  "Segmentation": "segments_ade20k",
+  "Tile": "tile",
+  "Inpaint": "inpaint",
+};
+/** Kinds of files that Load ControlNet reads, too. */
+const FILES = ["ControlNet", "T2I-Adapter", "Control-LoRA"];
 
-/** The words of this node, if it is one of ours: nodes/found.py sends them. */
-function words(definition) {
-  return definition.category?.startsWith("ZeroConv") ? definition.search_aliases ?? [] : [];
-}
+/** The entries by name, with the pack's node and what is chosen in it. */
+const ENTRIES = Object.fromEntries([
+  ...Object.entries(HINTS).map(([what, annotator]) => [
+    `ZeroConv.${annotator}`,
+    { title: `${what} hint (ZeroConv)`, node: "Annotate", chosen: { annotator } },
+  ]),
+  ...FILES.map((kind) => [
+    `ZeroConv.${kind}`,
+    { title: `${kind} (ZeroConv)`, node: "LoadControlNet", chosen: {} },
+  ]),
+]);
 
-/** How well `query` fits: 0 for one of the words, 1 for the beginning of one, nothing else counts. */
-function fit(definition, query) {
-  const own = words(definition).map(simple);
-  if (own.includes(query)) return 0;
-  return query.length > 2 && own.some((word) => word.startsWith(query)) ? 1 : Infinity;
+/** Adds the entries to what the server says of its nodes: each is a node of the pack with other defaults. */
+function add(definitions) {
+  for (const [name, { title, node, chosen }] of Object.entries(ENTRIES)) {
+    const own = definitions[node];
+    if (!own) return;
+    const required = { ...own.input.required };
+    for (const [input, value] of Object.entries(chosen)) {
+      const [type, options] = required[input];
+      required[input] = [type, { ...options, default: value }];
+    }
+    definitions[name] = { ...own, name, display_name: title, search_aliases: [], input: { ...own.input, required } };
+  }
 }
 
 app.registerExtension({
   name: "zeroconv.search",
-  setup() {
-    // No public way leads there; a front end that has it elsewhere searches as it always did.
-    const service = app.extensionManager?._p?._s?.get("nodeDef")?.nodeSearchService;
-    if (!service?.searchNode) return;
-    const kind = Object.getPrototypeOf(service); // the front end makes a new service when nodes change
-    const search = kind.searchNode;
-    kind.searchNode = function (query, filters, options, ...rest) {
-      const found = search.call(this, query, filters, options, ...rest);
-      const typed = simple(query ?? "");
-      if (!typed) return found;
-      const all = search.call(this, "", filters, {}, ...rest); // what the filters let through
-      const fits = new Map(all.map((definition) => [definition.name, fit(definition, typed)]));
-      const ours = all
-        .filter(({ name }) => fits.get(name) < Infinity && name !== found[0]?.name)
-        .sort((a, b) => fits.get(a.name) - fits.get(b.name));
-      const names = new Set(ours.map(({ name }) => name));
-      const others = found.slice(1).filter(({ name }) => !names.has(name));
-      return [...found.slice(0, 1), ...ours, ...others].slice(0, options?.limit ?? Infinity);
+  addCustomNodeDefs: add,
+  refreshComboInNodes: add, // before the search is told of all nodes anew
+  beforeRegisterNodeDef(type, { name }) {
+    if (!(name in ENTRIES)) return;
+    const { node } = ENTRIES[name];
+    type.comfyClass = type.prototype.comfyClass = node;
+    const created = type.prototype.onNodeCreated;
+    type.prototype.onNodeCreated = function () {
+      created?.call(this);
+      const own = LiteGraph.registered_node_types[node];
+      Object.assign(this, { type: node, title: own.title });
+      this.constructor = own; // where the page looks for a node's description
     };
   },
 });
