@@ -212,7 +212,8 @@ def _reason(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"the hub answers {status}"
-    if NO_CONNECTION.intersection(kind.__name__ for kind in type(error).__mro__):
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if NO_CONNECTION & kinds and not kinds & {"SSLError", "ProxyError"}:  # these have a cause that can be mended here
         return "no connection"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.strerror}"

@@ -22,7 +22,7 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
         raise AnnotatorError(f"image is {image.dtype}; give float in 0..1 or uint8 in 0..255")
     import cv2
 
-    return cv2.convertScaleAbs(np.maximum(image, 0, dtype=np.float32), alpha=255)  # rounds, and ends at 255
+    return cv2.convertScaleAbs(np.clip(image, 0, 1, dtype=np.float32), alpha=255)  # rounds
 
 
 def to_picture(image: np.ndarray) -> np.ndarray:

@@ -121,6 +121,7 @@ def beside(name: str) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m controlnet_core.data",
+        allow_abbrev=False,
         description="Encode pictures, captions and hints for a training. What is there already is not encoded again: "
         "add pictures, and run it again.",
     )

@@ -89,6 +89,8 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
     given = ("dataset", "folder", "annotator_weights")
     said = {key: found["data"].get(key, default) for key, (default, _) in DATA.items() if key not in given}
     for key, value in said.items():
+        if type(value) is int and isinstance(DATA[key][0], float):
+            said[key] = value = float(value)
         if type(value) is not type(DATA[key][0]):
             raise ConfigError(f"{_file(path)}{place('data', key)} is {value!r}: expected one like {DATA[key][0]!r}")
     for key, (least, most) in RANGES.items():

@@ -236,6 +236,7 @@ def _write(path: Path, picture: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m controlnet_core.training",
+        allow_abbrev=False,
         description="Train a control on a cached dataset. A run that was stopped goes on from its newest checkpoint. "
         "Under torchrun or accelerate launch, all processes train one control together.",
     )

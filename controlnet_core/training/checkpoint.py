@@ -232,5 +232,5 @@ def write_control(
 
 def write_unet(path: Path, weights: State, dtype: str = "fp32") -> None:
     """Write the UNet with its trained decoder, its tensors named as in a checkpoint of the whole model."""
-    named = {f"model.diffusion_model.{key}": tensor.to(PRECISIONS[dtype]) for key, tensor in weights.items()}
+    named = {f"model.diffusion_model.{key}": tensor.to("cpu", PRECISIONS[dtype]) for key, tensor in weights.items()}
     saving.write(path, named)

@@ -178,8 +178,7 @@ def train(
             try:
                 yield (progress := report(value, norm))
             except BaseException:  # closed by the caller, or sampling failed or was cancelled; the step itself is sound
-                writer.save(state)
-                writer.wait()
+                writer.finish(state)
                 raise
             if progress.fidelity is not None:
                 report.sampling = time.monotonic() - ended
@@ -192,11 +191,11 @@ def train(
                 writer.save_best(state)
         writer.wait()
     if process.rank == 0:
-        control = controlled.control
-        state.use_averages()
+        control = {key.removeprefix("control."): x for key, x in state.result.items() if key.startswith("control.")}
         checkpoint.write_control(
-            folder / "control.safetensors", control, control.state_dict(), options, state.step, "fp32"
+            folder / "control.safetensors", controlled.control, control, options, state.step, "fp32"
         )
+        state.use_averages()
         if options.unlock_decoder:
             checkpoint.write_unet(folder / "unet.safetensors", controlled.unet.state_dict())
 
@@ -289,6 +288,10 @@ def _changed(
     before = saved.facts["options"]["optimizer"]
     if before != options.optimizer:
         notes.append(f"the optimizer was {before} and is {options.optimizer}: what it has seen begins anew")
+    for name in ("batch_size", "accumulation", "base_weights", "control_weights"):
+        before, now = saved.facts["options"].get(name), getattr(options, name)
+        if before not in (None, now):
+            notes.append(f"{name} was {before} and is {now}: what is trained from now on differs by that")
     if facts["begun"] and not saved.facts.get("begun"):
         notes.append(f"the control to begin with is not read: this run goes on from its own step {saved.step}")
     for note in notes:

@@ -31,6 +31,10 @@ RESERVE = 0.4 * GB
 """What kernels work in and what the allocator's blocks lose, beside what is counted."""
 
 
+MOVABLE = ("adamw", "adafactor", "lion")
+"""The optimizers whose state can lie in main memory."""
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory is used up: CUDA's, cuBLAS's or the CPU's, which has no class of its own."""
     words = str(error).lower()
@@ -48,7 +52,8 @@ def advice(options: TrainingOptions) -> str:
     if not options.gradient_checkpointing:
         return "Turn gradient_checkpointing on and resume."
     if options.optimizer != "adamw8bit":
-        moved = "" if options.optimizer_in_ram else "Turn optimizer_in_ram on and resume, or choose "
+        kept = options.optimizer_in_ram or options.optimizer not in MOVABLE
+        moved = "" if kept else "Turn optimizer_in_ram on and resume, or choose "
         return f"{moved or 'Choose '}optimizer adamw8bit in a new run, or kind control_lora."
     return "Choose kind control_lora, or a dataset of a lower resolution."
 
@@ -252,7 +257,7 @@ def fitted(
     changed with `fit_memory` auto alone. Where nothing does, all of them are taken, and what would do is said.
     """
     room = available(process.device)
-    if options.fit_memory == "off" or room is None:
+    if options.fit_memory == "off" or room is None or options.batch_size % process.world:  # the last is refused later
         return options, ""
     room = float(min(process.gather(int(room))))
     counter = Counter(config, examples)
@@ -309,7 +314,7 @@ def measures(options: TrainingOptions, world: int = 1) -> Iterator[TrainingOptio
         yield replace(options, recompute="on")
     if not options.gradient_checkpointing:
         yield replace(options, gradient_checkpointing=True)
-    if not options.optimizer_in_ram and options.optimizer in ("adamw", "adafactor", "lion"):
+    if not options.optimizer_in_ram and options.optimizer in MOVABLE:
         yield replace(options, optimizer_in_ram=True)
     if options.batch_size > world:
         yield _split(options, world)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion import velocity
+from ..diffusion import velocity, zero_terminal_snr
 from .options import OptionsError, TrainingOptions
 
 
@@ -58,8 +58,7 @@ def noise_schedule(options: TrainingOptions, alphas: Tensor) -> Tensor:
         raise OptionsError(
             "zero_terminal_snr goes with a model of prediction v, found eps: turn it off, or choose such a model"
         )
-    roots = alphas.double().sqrt()
-    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().to(alphas)
+    return zero_terminal_snr(alphas)
 
 
 def target(prediction: str, latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor) -> Tensor:

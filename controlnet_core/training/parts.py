@@ -38,21 +38,21 @@ class InParts(torch.optim.Optimizer):
         number = groups[0]["parts_steps"]
         try:
             for i, (group, part) in enumerate(self._parts()):
-                lying = {p: p.data for p in part if p.dtype == torch.bfloat16}
-                for p in part:
-                    _turn(p, p.data.float(), p.grad)
+                # In fp32 another parameter: one whose dtype changed would lose the hooks of DistributedDataParallel.
+                stepped = {p: _in_fp32(p) if p.dtype == torch.bfloat16 else p for p in part}
+                for p, other in stepped.items():
                     self._bring(p)
-                self.inner.param_groups = [{**group, "params": part}]
+                    self._hand(p, other)
+                self.inner.param_groups = [{**group, "params": list(stepped.values())}]
                 self.inner.step()
                 # Drawn where the weights are, if that is CUDA: other devices have no generators of one kind.
                 drawn_on = part[0].device if part[0].is_cuda else torch.device("cpu")
                 generator = torch.Generator(drawn_on).manual_seed(_seed(self.seed, number, i))
-                for p in part:
+                for p, other in stepped.items():
+                    self._hand(other, p)
                     self._leave(p)
-                    if p in lying:
-                        stepped = p.data
-                        _turn(p, lying[p], None)
-                        p.copy_(rounded(stepped, generator))
+                    if other is not p:
+                        p.copy_(rounded(other.detach(), generator))
         finally:
             self.inner.param_groups = groups
         groups[0]["parts_steps"] = number + 1
@@ -90,6 +90,11 @@ class InParts(torch.optim.Optimizer):
             if part:
                 yield group, part
 
+    def _hand(self, p: nn.Parameter, other: nn.Parameter) -> None:
+        """The parameter's state to another parameter, which is stepped in its place."""
+        if other is not p and p in self.state:
+            self.state[other] = self.state.pop(p)
+
     def _bring(self, p: nn.Parameter) -> None:
         """The parameter's state to where it is stepped."""
         if self.in_ram:
@@ -114,11 +119,11 @@ def rounded(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((x.view(torch.int32) + chance.to(x.device)) & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
-def _turn(p: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
-    """Give a parameter other numbers, whose dtype may be another, and its gradient in the same."""
-    p.grad = None  # torch refuses one of another dtype
-    p.data = data
-    p.grad = None if gradient is None else gradient.to(data.dtype)
+def _in_fp32(p: nn.Parameter) -> nn.Parameter:
+    """A copy of a parameter in fp32, with its gradient, which it then has no more."""
+    other = nn.Parameter(p.detach().float())
+    other.grad, p.grad = None if p.grad is None else p.grad.float(), None
+    return other
 
 
 def _large(state: dict[str, Any]) -> list[tuple[str, Tensor]]:

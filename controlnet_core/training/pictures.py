@@ -24,7 +24,7 @@ def split(dataset: Dataset, options: TrainingOptions, saved: Checkpoint | None) 
     """
     names = [] if saved is None else saved.facts.get("pictures", [])
     if saved is not None and saved.facts["options"]["held_out"] == options.held_out:
-        place = {each.name: i for i, each in enumerate(dataset.places) if not each.mirrored}
+        place = {each.name: i for i, each in enumerate(dataset.places) if each.plain}
         found = [place[name] for name in names if name in place]
         if found:
             (size, _), *_ = Counter(map(dataset.bucket_of, found)).most_common()

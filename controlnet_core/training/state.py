@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,18 +86,23 @@ class TrainingState:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the network has the averages, where there are any: what is judged is what is saved."""
-        self._exchange()
+        # Weights in bf16 would round averages that were left in their place.
+        rounded = {name for name, kept in self.averages.items() if kept.dtype != self.weights[name].dtype}
+        own = {name: self.weights[name].detach().clone() for name in rounded}
+        _fill(self.weights, {name: self.averages[name] for name in rounded})
+        self._exchange(self.averages.keys() - rounded)
         try:
             yield
         finally:
-            self._exchange()
+            _fill(self.weights, own)
+            self._exchange(self.averages.keys() - rounded)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for name, kept in self.averages.items():
+    def _exchange(self, names: Iterable[str]) -> None:
+        for name in names:
             weight = self.weights[name].detach().clone()
-            self.weights[name].copy_(kept)
-            kept.copy_(weight)
+            self.weights[name].copy_(self.averages[name])
+            self.averages[name].copy_(weight)
 
     def to_checkpoint(self, facts: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint of this step; `facts` say of which training it is."""

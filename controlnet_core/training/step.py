@@ -69,7 +69,8 @@ class CudaGraphs:
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """A torch.cuda.CUDAGraph."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Others go on meanwhile: one thread reads the next pass, one writes a checkpoint.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
 
@@ -147,6 +148,7 @@ class Steps:
         except RuntimeError as error:
             log.info("graphs are given up (%s): steps run op by op", " ".join(str(error).split())[:200])
             self._backend = None
+            self._graphs.clear()  # they write gradients where those of now no longer lie
             return
         self._graphs[key] = kept, replay
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files.loading import read_weights
+from ..files.saving import SaveError
 from ..keys import State, Weights
 from . import checkpoint
 from .controlled_unet import ControlledUNet
@@ -86,6 +87,13 @@ class Writer:
         if going is not None:
             going.result()
 
+    def finish(self, state: TrainingState) -> None:
+        """Write the checkpoint of now, whatever became of the last one, and return when it is on the disk."""
+        self.rest()
+        self._going = None
+        self.save(state)
+        self.wait()
+
     def rest(self) -> None:
         """Return when nothing is being written; what went wrong is left for the next call."""
         wait([] if self._going is None else [self._going])
@@ -110,7 +118,10 @@ class Writer:
             checkpoint.keep_newest(each, self._options.keep_controls)
 
     def _write_best(self, result: State, step: int) -> None:
-        self._write_result(self._folder / BEST, self._folder / BEST_UNET, result, step)
+        try:
+            self._write_result(self._folder / BEST, self._folder / BEST_UNET, result, step)
+        except SaveError as error:  # somebody else may hold the file; the training goes on without it
+            log.warning("the best control, of step %d, is not kept: %s", step, error)
 
     def _write_result(self, control: Path, unet: Path, result: State, step: int) -> None:
         parts = {
@@ -150,8 +161,12 @@ def _room(tensor: Tensor) -> Tensor:
 
 
 def newest_control(folder: Path) -> Path | None:
-    """The control of the newest checkpoint of the run in `folder`; None before the first."""
-    return max(checkpoint.files(folder / CONTROLS), default=None)
+    """The control of the newest checkpoint of the run in `folder`, or the last before it; None before the first.
+
+    Later ones are of a run whose checkpoints were deleted to begin again.
+    """
+    newest = max((path.name for path in checkpoint.files(folder / CHECKPOINTS)), default="")
+    return max((path for path in checkpoint.files(folder / CONTROLS) if path.name <= newest), default=None)
 
 
 def next_steps(folder: Path) -> str:

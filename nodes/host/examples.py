@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+from os.path import lexists
 from pathlib import Path
 
 import folder_paths
 
 from ...controlnet_core.files.writing import replacing
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "workflows" / "input"
+PLACE = Path(__file__).resolve().parents[2] / "workflows" / "input"
+EXAMPLES = ("zeroconv_portrait.jpg", "zeroconv_hole.webp", "zeroconv_clip.mp4")
 
 
 def lend_examples() -> None:
@@ -19,11 +21,11 @@ def lend_examples() -> None:
     Load Image knows files of that folder alone, and no host copies them for a pack.
     """
     folder = Path(folder_paths.get_input_directory())
-    for example in EXAMPLES.iterdir():
+    for name in EXAMPLES:
         try:
-            if not (folder / example.name).exists():
+            if not lexists(folder / name):  # a link of the user's that leads nowhere just now is the user's
                 folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / example.name) as file:
-                    shutil.copyfile(example, file)
+                with replacing(folder / name) as file:
+                    shutil.copyfile(PLACE / name, file)
         except OSError as error:
-            logging.getLogger(__name__).warning("%s is not in the input folder: %s", example.name, error)
+            logging.getLogger(__name__).warning("%s is not in the input folder: %s", name, error)

@@ -21,9 +21,11 @@ from ...controlnet_core.data.dataset import Dataset
 from ...controlnet_core.data.manifest import DatasetError
 from ...controlnet_core.data.writer import SAME_ENCODER, probe_picture, relative_error
 from ...controlnet_core.diffusion import alphas_cumprod
+from ...controlnet_core.errors import ZeroConvError
 from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import read_weights
 from ...controlnet_core.files.lock import locked
+from ...controlnet_core.files.writing import replacing
 from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.training import checkpoint, loop
 from ...controlnet_core.training.distributed import Process
@@ -46,7 +48,9 @@ PUBLISHED = "published.json"
 """In a run's folder: which files in the host's folders are this run's."""
 
 
-NEXT = "next: connect control_net to Apply Control, or press r and pick it in Load ControlNet; raise steps to train on"
+NEXT = (
+    "next: connect control_net to Apply ControlNet, or press r and pick it in Load ControlNet; raise steps to train on"
+)
 
 
 @dataclass(frozen=True)
@@ -230,16 +234,16 @@ def place_of(name: str) -> tuple[tuple[str, ...], Path]:
 
 def hand_out(folder: Path, parts: tuple[str, ...], node_id: str | None) -> None:
     """Publish the control of a run that was stopped, as far as it has come, and say so."""
-    found = newest_control(folder)
-    if found is None or _steps(found) <= _steps(folder / "control.safetensors"):
-        return  # what is published is at least as far
     try:
+        found = newest_control(folder)
+        if found is None or _steps(found) <= _steps(folder / "control.safetensors"):
+            return  # what is published is at least as far
         published = publish(found, users_folder(), parts, folder / "control.safetensors")
         unet = found.parent / "unet" / found.name
         if unet.is_file():
             publish(unet, models_folder(), parts, folder / "unet.safetensors")
-    except (saving.SaveError, OSError) as error:  # what stopped the run is said, and it is more
-        log.warning("%s could not be put into the controlnet folder: %s", found, error)
+    except (ZeroConvError, OSError, ValueError) as error:  # what stopped the run is said, and it is more
+        log.warning("the control of %s could not be put into the controlnet folder: %s", folder, error)
         return
     said = f"stopped: {published} is the control so far. Queue again to train on, or with fewer steps to be given it"
     log.info("%s", said)
@@ -288,7 +292,8 @@ def publish(file: Path, folder: Path, parts: tuple[str, ...], stands_for: Path |
         path = free_path(folder, (PLACE, *parts))  # Windows replaces no file that is in use, as one loaded here is
         saving.write(path, *read_weights(file))
     known[stands_for.name] = {"path": str(path), "stamp": _stamp(path), "source": _stamp(file)}
-    record.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8", newline="\n")
+    with replacing(record) as temporary:
+        temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8", newline="\n")
     return str(path.relative_to(folder))
 
 

@@ -423,7 +423,7 @@ def test_the_best_control_is_listed_where_it_is_not_the_last(
     file = host.folder / "zeroconv" / "mine-best.safetensors"
     assert_bits(load_file(file), load_file(output / "mine" / "control-best.safetensors"))
     assert f"fidelity was highest at step 2: saved {Path('zeroconv/mine-best.safetensors')} too" in texts[0]
-    assert texts[0].splitlines()[-1].startswith("next: connect control_net to Apply Control")
+    assert texts[0].splitlines()[-1].startswith("next: connect control_net to Apply ControlNet")
 
 
 def test_zeroconv_is_not_put_twice_into_a_name(run: Run, output: Path):

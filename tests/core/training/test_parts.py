@@ -141,3 +141,19 @@ def test_a_run_may_go_on_with_its_state_elsewhere(data: Dataset, tmp_path: Path)
     assert [progress.loss for progress in found] == [progress.loss for progress in whole[3:]]
     ours, theirs = (read_weights(tmp_path / name / "control.safetensors")[0] for name in ("run", "whole"))
     assert equal(ours, theirs)
+
+
+def test_gradients_reach_a_bf16_weight_where_they_did_before_a_step():
+    """DistributedDataParallel hangs its exchange on a weight's accumulator; another one would exchange nothing."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    adam = InParts(torch.optim.AdamW([p]), in_ram=False, seed=0)
+
+    def accumulator() -> object:
+        return p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    before = accumulator()
+    for _ in range(2):
+        p.square().sum().backward()
+        adam.step()
+        assert accumulator() is before
+    assert (p < 1).any() and list(adam.state) == [p] and adam.state[p]["exp_avg"].dtype == torch.float32

@@ -17,7 +17,9 @@ from zeroconv.controlnet_core.training import checkpoint, pictures
 from .tiny import encode_picture, encode_prompt, fit, losses, quick
 
 
-def dataset(folder: Path, numbers: Sequence[int], touched: Sequence[int] = (), tall: Sequence[int] = ()) -> Dataset:
+def dataset(
+    folder: Path, numbers: Sequence[int], touched: Sequence[int] = (), tall: Sequence[int] = (), **options: Any
+) -> Dataset:
     """Square pictures, in `folder`; a dataset that is there is brought to these."""
     items = []
     for i in numbers:
@@ -25,7 +27,7 @@ def dataset(folder: Path, numbers: Sequence[int], touched: Sequence[int] = (), t
         squares = np.random.default_rng(i + 100 * (i in touched)).integers(0, 256, (*shape, 3), dtype=np.uint8)
         picture = squares.repeat(8, axis=0).repeat(8, axis=1)
         items.append(Item(f"{i}.png", picture, "squares", picture))
-    list(make(folder, items, encode_picture, encode_prompt, None, CachingOptions(resolution=32)))
+    list(make(folder, items, encode_picture, encode_prompt, None, CachingOptions(resolution=32, **options)))
     return Dataset.open(folder)
 
 
@@ -125,3 +127,19 @@ def test_the_optimizer_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [progress.step for progress in found] == [3, 4]
     assert found[0].notes == ("the optimizer was adamw and is adamw8bit: what it has seen begins anew",)
     assert losses(fit(quick(steps=5, optimizer="adamw8bit"), data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("options", [{"crops": 2}, {"caption_variants": 2}, {"mirror": True}])
+def test_pictures_of_several_items_are_watched_again(tmp_path: Path, options: dict[str, Any]):
+    data = dataset(tmp_path / "data", range(8), **options)
+    whole = losses(fit(quick(steps=4), data, tmp_path / "whole"))
+    before = losses(fit(quick(steps=2), data, tmp_path / "run"))
+    found = fit(quick(steps=4), data, tmp_path / "run")
+    assert (before + losses(found), found[-1].notes) == (whole, ())
+
+
+def test_options_that_change_what_is_trained_are_told(tmp_path: Path):
+    data = dataset(tmp_path / "data", range(8))
+    fit(quick(steps=2), data, tmp_path / "run")
+    (note,) = fit(quick(steps=3, batch_size=1), data, tmp_path / "run")[-1].notes
+    assert note == "batch_size was 2 and is 1: what is trained from now on differs by that"

@@ -107,3 +107,15 @@ def test_a_new_optimizer_begins_anew():
     assert equal(first.weights, again.weights)
     assert not again.optimizer.state
     assert again.step == 1
+
+
+def test_a_look_at_the_averages_leaves_them_as_they_are():
+    """Averages in fp32 of weights in bf16, too, which would round them."""
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    one = TrainingState({"w": weight}, torch.optim.SGD([weight], lr=0.1), decay=0.9)
+    one.averages["w"] += 1e-4
+    kept = one.averages["w"].clone()
+    for _ in range(2):
+        with one.averaged():
+            assert torch.equal(weight, kept.bfloat16())
+        assert torch.equal(one.averages["w"], kept) and torch.equal(weight, torch.ones(3, dtype=torch.bfloat16))

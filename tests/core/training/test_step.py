@@ -169,6 +169,22 @@ def test_a_capture_that_fails_is_given_up(
     assert found == pytest.approx(losses(fit(quick(steps=6), data, tmp_path / "eager")), rel=1e-5)
 
 
+def test_what_was_captured_before_a_failure_is_dropped(
+    data: Dataset, tmp_path: Path, graphs: StandIn, monkeypatch: pytest.MonkeyPatch
+):
+    """It writes gradients where those of the steps that follow no longer lie."""
+    capture = graphs.capture
+
+    def second_fails(function: Callable[[], None]) -> Callable[[], None]:
+        graphs.error = "no more memory" if graphs.captured else None
+        return capture(function)
+
+    monkeypatch.setattr(graphs, "capture", second_fails)
+    found = losses(fit(quick(steps=8, graphs=True), data, tmp_path / "graphs"))
+    assert graphs.captured == 1 and graphs.replayed <= 1
+    assert found == pytest.approx(losses(fit(quick(steps=8), data, tmp_path / "eager")), rel=1e-5)
+
+
 def test_numbers_that_grow_stop_the_run(data: Dataset, tmp_path: Path, graphs: StandIn):
     options = quick(steps=12, save_every=2, graphs=True)
     with pytest.raises(loop.TrainingStopped, match="numbers have grown beyond fp32"):

@@ -203,3 +203,47 @@ def test_how_much_it_will_be_is_said_before(
     with caplog.at_level("INFO"), closing(training(quick(steps=20), data, tmp_path / "other")) as steps:
         next(steps)
     assert "That is not enough: make room, or lower keep and keep_controls, or raise save_every" in caplog.text
+
+
+def test_the_last_control_is_the_averages_of_weights_in_bf16(data: Dataset, tmp_path: Path):
+    options = quick(precision="bf16", control_weights="bf16", ema=0.9, control_dtype="fp32")
+    fit(options, data, tmp_path)
+    assert equal(
+        read_weights(tmp_path / "control.safetensors")[0],
+        read_weights(tmp_path / "controls" / "step-00000004.safetensors")[0],
+    )
+
+
+def test_closing_writes_the_step_of_now_whatever_became_of_the_last(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save = checkpoint.save
+
+    def fails_once(folder: Path, made: checkpoint.Checkpoint, keep: int) -> Path:
+        if made.step == 2:
+            raise SaveError("the disk was away for a moment")
+        return save(folder, made, keep)
+
+    monkeypatch.setattr(checkpoint, "save", fails_once)
+    with closing(training(quick(), data, tmp_path)) as running:
+        while next(running).step < 3:
+            pass
+    assert names(tmp_path / "checkpoints") == ["step-00000003.safetensors"]
+
+
+def test_a_best_control_that_cannot_be_written_ends_nothing(
+    data: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "control-best.safetensors").mkdir(parents=True)
+    fit(quick(sample_every=1, save_every=1), data, tmp_path)
+    assert "the best control, of step" in caplog.text
+    assert (tmp_path / "control.safetensors").is_file()
+
+
+def test_controls_of_a_run_that_began_again_are_not_the_newest(data: Dataset, tmp_path: Path):
+    fit(quick(), data, tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    fit(quick(steps=1, kind="lite"), data, tmp_path)
+    newest = newest_control(tmp_path)
+    assert newest is not None and newest.name == "step-00000001.safetensors"
