@@ -127,7 +127,7 @@ CONTRACT = {
     "MakeControlDataset": (
         [
             *("name", "vae", "clip", "folder", "captions", "annotator", "annotator_resolution", "resolution", "mirror"),
-            *("images", "hints", "model"),
+            *("images", "hints", "model", "crops", "caption_variants", "tag_dropout", "keep_tags"),
         ],
         ["dataset", "report"],
     ),
@@ -135,7 +135,7 @@ CONTRACT = {
         [
             *("model", "clip", "vae", "dataset", "name", "steps", "batch_size", "accumulation", "learning_rate"),
             *("warmup", "schedule", "kind", "precision", "gradient_checkpointing", "sample_every", "held_out"),
-            *("save_every", "seed", "fidelity", "options"),
+            *("save_every", "seed", "fidelity", "options", "control_net"),
         ],
         ["control_net", "plot", "samples", "control_net_name"],
     ),
@@ -143,7 +143,9 @@ CONTRACT = {
         [
             *("rank", "connections", "hint_encoder", "middle_only", "unlock_decoder", "decoder_learning_rate"),
             *("empty_prompts", "timesteps", "min_snr", "clip", "optimizer", "weight_decay", "ema", "keep"),
-            *("sample_steps", "guidance_scale"),
+            *("sample_steps", "guidance_scale", "huber", "offset_noise", "min_timestep", "max_timestep"),
+            *("zero_terminal_snr", "fit_memory", "recompute", "optimizer_in_ram", "base_weights", "control_weights"),
+            *("keep_controls", "control_dtype", "graphs"),
         ],
         ["options"],
     ),
