@@ -35,6 +35,10 @@ LOAD = """async ([workflow, vue]) => {
 }"""
 # What newer front ends say of files that the user has still to get; it lies over the canvas until it is closed.
 CLOSE = "() => document.querySelector('[data-testid=error-overlay-dismiss]')?.click()"
+BACK = """async () => {
+    await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false);
+    await app.extensionManager.setting.set('Comfy.Minimap.Visible', true);
+}"""
 DRAWN = """(vue) => !vue
     || document.querySelectorAll('[data-node-id]').length === app.graph._nodes.length"""
 # Boxes as they are on the screen, in pixels of the page: the canvas draws the ones, the page lays out the others.
@@ -65,6 +69,7 @@ def screen(request: pytest.FixtureRequest) -> Iterator[FrontEnd]:
     """Each front end on a screen of 1600 x 1000."""
     with opened(request.getfixturevalue(request.param), height=1000) as page:
         yield page
+        page.run(BACK)  # the server keeps settings, for other pages too
 
 
 @pytest.fixture(scope="module")

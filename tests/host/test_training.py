@@ -44,7 +44,7 @@ WIDGETS: dict[str, Any] = {
 RARER = {"sample_steps": 1, "timesteps": "cubic"}
 OPTIONS = TrainingOptions(**WIDGETS, **RARER)
 
-KEY = "output_blocks.4.0.in_layers.2.weight"
+KEY = "output_blocks.11.0.in_layers.2.weight"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         said.append(found.says)
         return found
 
-    monkeypatch.setattr("zeroconv.nodes.train.train", heard)
+    monkeypatch.setattr(training, "train", heard)
     return said
 
 
