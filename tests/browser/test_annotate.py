@@ -93,7 +93,7 @@ def test_hidden_parameters_keep_their_values_and_are_sent(front_end: FrontEnd):
 def test_a_saved_workflow_comes_back_as_it_was(front_end: FrontEnd):
     front_end.run(ADD)
     front_end.run(CHOOSE, "inpaint")
-    front_end.run("() => app.graph._nodes[0].setSize([400, 700])")
+    front_end.run("() => app.graph._nodes[0].setSize([500, 700])")
     front_end.run("() => { app.graph._nodes[0].widgets.find(w => w.name === 'canny_high').value = 222; }")
     saved, prompt = front_end.run(SAVE), front_end.run(PROMPT)
     front_end.run(ADD)

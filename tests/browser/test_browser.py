@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 LOAD = "async (workflow) => { await app.loadGraphData(workflow); }"
-PROMPT = "async () => (await app.graphToPrompt()).output"
+# The host's Load Video sends its player, too, once that is there.
+PROMPT = """async () => {
+    const {output} = await app.graphToPrompt();
+    for (const node of Object.values(output)) delete node.inputs['video-preview'];
+    return output;
+}"""
 UNKNOWN = """() => app.graph._nodes.filter(node => !(node.type in LiteGraph.registered_node_types) || node.has_errors)
     .map(node => node.type)"""
 RUN = """async () => {
