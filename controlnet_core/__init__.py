@@ -79,51 +79,26 @@ __all__ = [
     "train",
 ]
 
-_FILES = {
-    "Dataset": "data.dataset",
-    **dict.fromkeys(
-        (
-            "alphas_cumprod",
-            "guide",
-            "sample_ddim",
-        ),
-        "diffusion",
-    ),
-    "BlockWeights": "dosing.block_weights",
-    "Clock": "dosing.clock",
-    "Schedule": "dosing.schedule",
-    "Strength": "dosing.strength",
-    "Window": "dosing.window",
-    **dict.fromkeys(
-        (
-            "load_control",
-            "load_unet",
-            "read_weights",
-        ),
-        "files.loading",
-    ),
-    **dict.fromkeys(
-        (
-            "ControlNet",
-            "copy_encoder",
-        ),
-        "networks.controlnet",
-    ),
-    "Residuals": "networks.residuals",
-    **dict.fromkeys(
-        (
-            "UNet",
-            "UNetConfig",
-        ),
-        "networks.unet",
-    ),
-    "train": "training.loop",
-    "TrainingOptions": "training.options",
+_NAMES = {
+    "data.dataset": ("Dataset",),
+    "diffusion": ("alphas_cumprod", "guide", "sample_ddim"),
+    "dosing.block_weights": ("BlockWeights",),
+    "dosing.clock": ("Clock",),
+    "dosing.schedule": ("Schedule",),
+    "dosing.strength": ("Strength",),
+    "dosing.window": ("Window",),
+    "files.loading": ("load_control", "load_unet", "read_weights"),
+    "networks.controlnet": ("ControlNet", "copy_encoder"),
+    "networks.residuals": ("Residuals",),
+    "networks.unet": ("UNet", "UNetConfig"),
+    "training.loop": ("train",),
+    "training.options": ("TrainingOptions",),
 }
 """Where each of these is: a host that only lists its nodes shall not wait for the training, nor for what it loads."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_FILES[name]}", __name__), name)
+    for file, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f".{file}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

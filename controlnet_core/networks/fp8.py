@@ -21,15 +21,19 @@ GroupNorm, LayerNorm = nn.GroupNorm, nn.LayerNorm
 STORED = torch.float8_e4m3fn
 
 
-class Linear(nn.Linear):
-    """A linear layer, locked, its weight times `weight_scale` in fp8."""
+class InFp8(nn.Module):
+    """A layer, locked, its weight times `weight_scale` in fp8."""
 
     def __init__(self, *sizes: Any, **place: Any):
         super().__init__(*sizes, **place)
         self.register_buffer("weight_scale", torch.empty((), device=self.weight.device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _Locked.apply(x, self)  # type: ignore[return-value]
+    def forward(self, input: Tensor) -> Tensor:
+        return _Locked.apply(input, self)  # type: ignore[return-value]
+
+
+class Linear(InFp8, nn.Linear):
+    """A linear layer."""
 
     def run(self, x: Tensor) -> Tensor:
         """What it gives for x, as torch does it."""
@@ -40,15 +44,8 @@ class Linear(nn.Linear):
         return gradient @ weight_of(self, gradient.dtype)
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution, locked, its weight times `weight_scale` in fp8."""
-
-    def __init__(self, *sizes: Any, **place: Any):
-        super().__init__(*sizes, **place)
-        self.register_buffer("weight_scale", torch.empty((), device=self.weight.device))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _Locked.apply(input, self)  # type: ignore[return-value]
+class Conv2d(InFp8, nn.Conv2d):
+    """A convolution."""
 
     def run(self, x: Tensor) -> Tensor:
         """What it gives for x, as torch does it."""
@@ -75,7 +72,7 @@ class _Locked(Function):
 def weight_of(layer: Any, dtype: torch.dtype) -> Tensor:
     """A layer's weight in a dtype, whether it lies in fp8 or not."""
     weight = layer.weight.to(dtype)
-    return weight * layer.weight_scale.to(dtype) if isinstance(layer, (Linear, Conv2d)) else weight
+    return weight * layer.weight_scale.to(dtype) if isinstance(layer, InFp8) else weight
 
 
 def _bias_of(layer: Linear | Conv2d, dtype: torch.dtype) -> Tensor | None:

@@ -391,3 +391,26 @@ print(sorted({{"torch", "huggingface_hub", "transformers", "cv2", "skimage", "sc
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("ConnectionError", r"^no connection: get "),
+        ("SSLError", r"^certificate verify failed: get "),
+        ("ProxyError", r"^certificate verify failed: get "),
+    ],
+)
+def test_what_stands_between_is_said(
+    tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, kind: str, said: str
+):
+    """A company's proxy has a cause that can be mended here; requests counts it among the connections that fail."""
+    import huggingface_hub
+    import requests
+
+    def fails(*_: object, **__: object) -> None:
+        raise getattr(requests.exceptions, kind)("certificate verify failed\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fails)
+    with pytest.raises(AnnotatorError, match=said):
+        fetch([ONE], [tmp_path], ignore)

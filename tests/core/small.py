@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -109,3 +109,15 @@ def tensors(residuals: Residuals) -> list[Tensor]:
     """All residuals, none of which may be missing."""
     assert all(residual is not None for residual in residuals)
     return [residual for residual in residuals if residual is not None]
+
+
+def small_vae() -> Any:
+    """diffusers' AutoencoderKL of SD's four levels, 8 channels wide, whose latents are halved."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    blocks: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8] * 4,
+    }
+    return AutoencoderKL(**blocks, norm_num_groups=4, scaling_factor=0.5)

@@ -21,6 +21,7 @@ from zeroconv.controlnet_core.data.config import ConfigError
 from zeroconv.controlnet_core.data.dataset import Dataset
 from zeroconv.controlnet_core.data.writer import CachingOptions
 
+from ..small import small_vae
 from .toy import array, as_tensor, save
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,7 +40,6 @@ def write_tokenizer(folder: Path) -> int:
 def write_model(folder: Path, texts: int = 1, seed: int = 0) -> Path:
     """A tiny random model as diffusers saves it, without a UNet; SDXL has two `texts`."""
     import transformers
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(seed)
     for ending, kind in list(zip(("", "_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")))[:texts]:
@@ -54,13 +54,7 @@ def write_model(folder: Path, texts: int = 1, seed: int = 0) -> Path:
             vocab_size=count, max_position_embeddings=10, eos_token_id=count - 1, projection_dim=12, **sizes
         )
         getattr(transformers, kind)(settings).save_pretrained(folder / f"text_encoder{ending}")
-    blocks: dict[str, Any] = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-    blocks |= {"block_out_channels": [8] * 4, "norm_num_groups": 4, "scaling_factor": 0.5}
-    vae: Any = AutoencoderKL(**blocks)
-    vae.save_pretrained(folder / "vae")
+    small_vae().save_pretrained(folder / "vae")
     return folder
 
 

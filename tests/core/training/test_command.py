@@ -22,6 +22,7 @@ from zeroconv.controlnet_core.training import checkpoint, config
 from zeroconv.controlnet_core.training.config import ConfigError
 from zeroconv.controlnet_core.training.options import OptionsError, TrainingOptions
 
+from ..small import small_vae
 from .tiny import dataset, fit, left_alike, quick, write_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -277,15 +278,8 @@ def test_what_the_base_predicts_is_read_from_it(
 
 
 def test_samples_are_shown_by_a_vae_that_is_given(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
     torch.manual_seed(0)
-    blocks: dict[str, Any] = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-    blocks |= {"block_out_channels": [8] * 4, "norm_num_groups": 4, "scaling_factor": 0.5}
-    vae: Any = AutoencoderKL(**blocks)
+    vae = small_vae()
     vae.save_pretrained(tmp_path / "vae")
     file = str(write_config(tmp_path, folder / "data", steps=1, sample_every=1))
     assert command.main([file, "--vae", str(tmp_path / "vae")]) == 0
