@@ -27,9 +27,10 @@ const STANDING = [
 /** Joints of less confidence are not there, as annotators/keypoints.py has it. */
 const CONFIDENT = 0.3;
 
-/** The long side of the drawing, and in its pixels: how near to a joint the mouse takes it, and a joint's radius. */
+/** The long side of the drawing, and in its pixels: how near to a joint the mouse takes it, what is no move, a radius. */
 const LONG = 1024;
 const REACH = 28;
+const TREMBLE = 4;
 const RADIUS = 10;
 
 /** The frames in a text, or null for what Python alone reads: bodies of other joints, shares, people on no canvas. */
@@ -78,7 +79,7 @@ class Editor {
     this.canvas = document.createElement("canvas");
     this.bar = document.createElement("div");
     Object.assign(this.box.style, { display: "flex", flexDirection: "column", gap: "4px", width: "100%", height: "100%", minHeight: "340px" });
-    Object.assign(this.canvas.style, { flex: "1", width: "100%", minHeight: "0", objectFit: "contain", background: "#000", touchAction: "none" });
+    Object.assign(this.canvas.style, { flex: "1", width: "100%", minHeight: "0", objectFit: "contain", touchAction: "none" });
     Object.assign(this.bar.style, { display: "flex", flexWrap: "wrap", gap: "4px" });
     this.box.append(this.bar, this.canvas);
     this.button("add", "One more person", () => this.add());
@@ -229,7 +230,8 @@ class Editor {
     const hit = this.frame && this.next(this.place(event), this.frame);
     if (!hit) return;
     this.chosen = hit.who;
-    this.held = { ...hit, frames: this.frames, before: this.frames, from: this.place(event) };
+    const { frames } = this;
+    this.held = { ...hit, frames, before: frames, from: this.place(event) };
     this.canvas.setPointerCapture(event.pointerId);
     this.draw();
   }
@@ -238,6 +240,7 @@ class Editor {
   move(event) {
     const { who, part, i, from, before } = this.held;
     const to = this.place(event);
+    if (this.held.frames === before && Math.hypot(to[0] - from[0], to[1] - from[1]) < TREMBLE) return;
     const along = event.shiftKey ? PARTS : part === BODY && i in HANGING ? [HANGING[i]] : [];
     this.held.frames = this.changed((frame) => {
       const person = frame.people[who];
@@ -285,6 +288,7 @@ class Editor {
     const zoom = LONG / Math.max(width, height);
     Object.assign(canvas, { width: Math.max(1, zoom * width), height: Math.max(1, zoom * height) }); // and it is empty
     const context = canvas.getContext("2d");
+    context.fillRect(0, 0, canvas.width, canvas.height);
     if (picture) context.drawImage(picture, 0, 0, canvas.width, canvas.height);
     this.number.style.display = this.frames?.length > 1 ? "" : "none";
     if (!frame) {
