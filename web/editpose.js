@@ -78,9 +78,9 @@ class Editor {
     this.box = Object.assign(document.createElement("div"), { className: "zeroconv-pose" });
     this.canvas = document.createElement("canvas");
     this.bar = document.createElement("div");
-    Object.assign(this.box.style, { display: "flex", flexDirection: "column", gap: "4px", width: "100%", height: "100%", minHeight: "340px" });
-    Object.assign(this.canvas.style, { flex: "1", width: "100%", minHeight: "0", objectFit: "contain", touchAction: "none" });
-    Object.assign(this.bar.style, { display: "flex", flexWrap: "wrap", gap: "4px" });
+    this.box.style.cssText = "display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 340px";
+    this.canvas.style.cssText = "flex: 1; width: 100%; min-height: 0; object-fit: contain; touch-action: none";
+    this.bar.style.cssText = "display: flex; flex-wrap: wrap; gap: 4px";
     this.box.append(this.bar, this.canvas);
     this.button("add", "One more person", () => this.add());
     this.button("remove", "Take away the person touched last", () => this.edit((people, who) => people.splice(who, 1)));
@@ -104,7 +104,8 @@ class Editor {
 
   button(name, title, does) {
     const button = Object.assign(document.createElement("button"), { textContent: name, title });
-    Object.assign(button.style, { font: "12px sans-serif", padding: "3px 8px", cursor: "pointer", color: "var(--input-text)", background: "var(--comfy-input-bg)", border: "1px solid var(--border-color)", borderRadius: "4px" });
+    button.style.cssText = "font: 12px sans-serif; padding: 3px 8px; cursor: pointer; border-radius: 4px; color: var(--input-text); "
+      + "background: var(--comfy-input-bg); border: 1px solid var(--border-color)";
     button.addEventListener("click", does);
     this.bar.append(button);
   }
@@ -118,13 +119,14 @@ class Editor {
     return [run, before].find((image) => image?.naturalWidth);
   }
 
-  /** All frames, from the text or from a run that read it; null where none has. */
+  /** All frames, from the text or from a run that read it, or what is connected; null where none has. */
   get frames() {
     if (this.held) return this.held.frames;
     const { naturalWidth = 512, naturalHeight = 512 } = this.picture ?? {};
     const empty = [{ people: [], canvas_width: naturalWidth, canvas_height: naturalHeight }];
     const text = this.text.value.trim();
-    return read(text) ?? this.answers.get(text) ?? (text ? null : empty);
+    const connected = this.node.inputs?.some((input) => input.name === "pose_keypoints" && input.link != null);
+    return read(text) ?? this.answers.get(text) ?? (text || connected ? null : empty);
   }
 
   get frame() {
@@ -293,7 +295,7 @@ class Editor {
     this.number.style.display = this.frames?.length > 1 ? "" : "none";
     if (!frame) {
       Object.assign(context, { font: "36px sans-serif", fillStyle: "#fff", textAlign: "center" });
-      context.fillText("Run once: then these people can be edited", canvas.width / 2, canvas.height / 2, canvas.width);
+      context.fillText("Run once: then the people can be edited", canvas.width / 2, canvas.height / 2, canvas.width);
       return;
     }
     const [kx, ky] = this.scale(frame);

@@ -205,6 +205,9 @@ def test_a_file_is_loaded_and_saved(page: FrontEnd, tmp_path: Path):
 
 def test_the_workflow_keeps_the_text_and_nothing_else(page: FrontEnd):
     press(page, "add")
+    assert page.run(TEXT) == ""  # not before it is known who is connected
+    run(page)
+    press(page, "add")
     text = page.run(TEXT)
     saved = page.run("() => app.graph.serialize()")
     (node,) = (node for node in saved["nodes"] if node["type"] == "EditPose")
