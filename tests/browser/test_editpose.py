@@ -127,6 +127,8 @@ def test_a_joint_follows_the_mouse_into_the_prompt_and_the_picture(page: FrontEn
     after = hint(page)
     assert (after != before).any()
     np.testing.assert_allclose(after, 255 * draw_pose([moved], 128, 128), atol=1)
+    shown = "(text) => [...document.querySelectorAll('textarea')].some(area => area.value === text)"
+    page.page.wait_for_function(shown, arg=page.run(TEXT))
     press(page, "undo")
     assert page.run(TEXT) == ""
 
