@@ -92,7 +92,9 @@ class Editor {
     this.number = Object.assign(document.createElement("input"), { type: "number", min: 1, value: 1, title: "Which frame" });
     this.number.addEventListener("input", () => { this.at = Math.max(0, this.number.value - 1); this.draw(); });
     this.bar.append(this.number);
-    this.box.addEventListener("pointerdown", (event) => event.stopPropagation()); // the node would move, too
+    for (const event of ["pointerdown", "pointermove", "pointerup"]) {
+      this.box.addEventListener(event, (happened) => happened.stopPropagation()); // the node would move, too
+    }
     this.canvas.addEventListener("pointerdown", (event) => event.button === 0 && this.take(event));
     this.canvas.addEventListener("pointermove", (event) => this.held && this.move(event));
     for (const end of ["pointerup", "pointercancel"]) this.canvas.addEventListener(end, () => this.release());

@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.host]
 ADD = """async ([vue, scene]) => {
     await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
     app.graph.clear();
+    // Nodes 2.0 would go on showing the last node of the same id.
+    while (document.querySelector('[data-node-id]')) await new Promise(resolve => setTimeout(resolve, 50));
     const edit = LiteGraph.createNode('EditPose'), shown = LiteGraph.createNode('PreviewImage');
     edit.pos = [500, 120];
     shown.pos = [1050, 120];
@@ -191,7 +193,7 @@ def test_a_file_is_loaded_and_saved(page: FrontEnd, tmp_path: Path):
     with page.page.expect_file_chooser() as chooser:
         press(page, "load")
     chooser.value.set_files(file)
-    page.page.wait_for_function(f"async () => (await ({TEXT})()) !== ''")
+    page.page.wait_for_function(f"() => {NODE}.widgets.find(widget => widget.name === 'pose').value")
     assert page.run(TEXT) == file.read_text(encoding="utf-8")
     press(page, "add")  # not before it is known who is there
     assert page.run(TEXT) == file.read_text(encoding="utf-8")
