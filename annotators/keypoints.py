@@ -84,23 +84,33 @@ def openpose_to_coco(joints: np.ndarray) -> np.ndarray:
     return np.asarray(joints, np.float32)[[OPENPOSE_JOINTS.index(name) for name in COCO_JOINTS]]
 
 
-def read_frames(given: Any) -> list[Any] | None:
+def read_frames(given: Any, name: str = "pose_keypoints") -> list[Any] | None:
     """The POSE_KEYPOINT frames of what packs and files have: one frame, a list of them, or the JSON text of either.
 
-    `None` is none at all. What a frame holds is `read_frame`'s to judge. Raises AnnotatorError for text without JSON.
+    `None` is none at all. What a frame holds is `read_frame`'s to judge. Raises AnnotatorError for text without JSON,
+    in which `name` is where it was given.
     """
     if isinstance(given, str):
         try:
             given = json.loads(given)
         except (ValueError, RecursionError) as error:
-            raise AnnotatorError(
-                f"pose_keypoints is text and no JSON ({error}): connect keypoints, or a file"
-            ) from error
+            raise AnnotatorError(f"{name} is text and no JSON ({error}): connect keypoints, or a file") from error
     if given is None or isinstance(given, Mapping):
         return None if given is None else [given]
     if not isinstance(given, (list, tuple)):
-        raise AnnotatorError(f"pose_keypoints is {type(given).__name__}; expected frames, or their JSON text")
-    return [frame for one in given for frame in (read_frames(one) or () if isinstance(one, str) else (one,))]
+        raise AnnotatorError(f"{name} is {type(given).__name__}; expected frames, or their JSON text")
+    return [frame for one in given for frame in (read_frames(one, name) or () if isinstance(one, str) else (one,))]
+
+
+def canvas_of(frame: Any) -> tuple[int, int] | None:
+    """Height and width in pixels of the canvas that a frame names; `None` where it names none.
+
+    Raises AnnotatorError for what is no frame, and for a side that is none.
+    """
+    _check(frame)
+    if not set(frame) & {"canvas_width", "canvas_height"}:
+        return None
+    return max(1, round(_side(frame, "canvas_height"))), max(1, round(_side(frame, "canvas_width")))
 
 
 def with_canvas(frame: Any, height: int, width: int) -> Any:
@@ -127,11 +137,7 @@ def read_frame(frame: Mapping[str, Any], height: int, width: int, threshold: flo
     than `threshold` are missing. A body may have OpenPose's 18 joints, BODY_25's 25, COCO's 17, or the 133 or 134 of a
     whole body; a part or a joint may be missing, None or empty. Raises AnnotatorError.
     """
-    if not isinstance(frame, Mapping) or "people" not in frame:
-        found = f"keys {', '.join(map(repr, frame))}" if isinstance(frame, Mapping) else type(frame).__name__
-        raise AnnotatorError(
-            f"pose_keypoints has {found}; a frame of it has 'people', 'canvas_width' and 'canvas_height'"
-        )
+    _check(frame)
     people = [_read_person(person, threshold) for person in frame["people"] or ()]
     places = _places(people)
     if len(places) == 0:
@@ -161,6 +167,15 @@ def write_frame(people: Sequence[Person], height: int, width: int) -> dict[str, 
     }
 
 
+def _check(frame: Any) -> None:
+    """Raise AnnotatorError unless this is a frame."""
+    if not isinstance(frame, Mapping) or "people" not in frame:
+        found = f"keys {', '.join(map(repr, frame))}" if isinstance(frame, Mapping) else type(frame).__name__
+        raise AnnotatorError(
+            f"pose_keypoints has {found}; a frame of it has 'people', 'canvas_width' and 'canvas_height'"
+        )
+
+
 def _places(people: Sequence[Person]) -> np.ndarray:
     """x and y (N,2) of all joints that are there."""
     parts = [part for person in people for part in vars(person).values() if part is not None]
@@ -176,7 +191,7 @@ def _flat(part: np.ndarray | None) -> list[float] | None:
 
 def _side(frame: Mapping[str, Any], name: str) -> float:
     side = frame.get(name)
-    if not isinstance(side, (int, float, np.number)) or not side > 0:
+    if not isinstance(side, (int, float, np.number)) or not 0 < side < np.inf:
         raise AnnotatorError(f"pose_keypoints has {name} {side!r} and coordinates in pixels; it must be above 0")
     return float(side)
 

@@ -12,6 +12,7 @@ from .inspect import InspectControl
 from .lab import LabScene, LoadLabModel
 from .load import LoadControlNet
 from .measure import MeasureControl
+from .pose import EditPose
 from .record import ControlReport, RecordControl
 from .save import NewControlNet, SaveControlNet
 from .train import TrainControlNet, TrainingOptions
@@ -21,6 +22,7 @@ NODES = [
     for node in (
         LoadControlNet,
         Annotate,
+        EditPose,
         ApplyControl,
         ApplyControlToPrompt,
         StackControls,

@@ -32,6 +32,7 @@ WORDS: dict[str, tuple[str, ...]] = {
         ),
         *("sam", "tile", "blur", "inpaint", "lama", "shuffle", "color", "grayscale", "luminance", "threshold"),
     ),
+    "EditPose": ("pose editor", "openpose editor", "edit openpose", "keypoints", "skeleton", "stick figure", "poser"),
     "ApplyControl": ("controlnet", "apply controlnet", "control", "strength", "t2i adapter", "control lora"),
     "ApplyControlToPrompt": ("apply controlnet", "apply controlnet advanced", "regional", "tiled", "upscale"),
     "StackControls": ("controlnet stack", "stack", "multi controlnet", "cr multi-controlnet stack"),

@@ -18,6 +18,7 @@ from zeroconv.annotators.keypoints import (
     COCO_JOINTS,
     OPENPOSE_JOINTS,
     Person,
+    canvas_of,
     coco_to_openpose,
     openpose_to_coco,
     read_frame,
@@ -146,6 +147,20 @@ def test_files_of_cmu_are_in_pixels_of_the_picture_they_were_found_in():
         AnnotatorError, match=r"pose: pose_keypoints names no canvas, and most joints lie beyond the pic"
     ):
         pipeline.annotate(RECORD, np.zeros((100, 150, 3), np.uint8), 512, frame=frame)
+
+
+def test_a_frame_names_its_canvas_or_none():
+    assert canvas_of({"people": [], "canvas_width": 640.4, "canvas_height": np.float32(480)}) == (480, 640)
+    assert canvas_of({"people": [], "canvas_width": 0.2, "canvas_height": 3}) == (3, 1)
+    assert canvas_of({"people": [], "version": 1.3}) is None
+    for frame, says in (
+        ({"people": [], "canvas_width": 640}, "canvas_height None"),
+        ({"people": [], "canvas_width": float("inf"), "canvas_height": 5}, "canvas_width inf"),
+        ({"canvas_width": 640, "canvas_height": 480}, "keys 'canvas_width', 'canvas_height'"),
+        ("nobody", "has str; a frame of it has 'people'"),
+    ):
+        with pytest.raises(AnnotatorError, match=says):
+            canvas_of(frame)
 
 
 def test_what_is_missing_does_not_tell_shares_from_pixels_and_comes_as_zeros():

@@ -37,6 +37,7 @@ MEASURED = """
 """Parameters of the annotators that results are measured with."""
 CONTRACT = {
     "LoadControlNet": (["control_net_name", "weight_dtype", "control_type", "model"], ["control_net"]),
+    "EditPose": (["pose", "image", "pose_keypoints"], ["hint", "pose_keypoints"]),
     "ApplyControl": (["model", *DOSE, "control_net", "image", *EXTRAS, "vae", "reuse"], ["model"]),
     "ApplyControlToPrompt": (
         ["positive", "negative", *DOSE, "control_net", "image", *EXTRAS, "vae", "reuse"],
