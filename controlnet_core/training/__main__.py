@@ -30,7 +30,7 @@ from ..files.lock import LockedError, locked
 from ..files.saving import SaveError
 from ..networks.controlnet import BaseMismatch
 from ..networks.network import ControlNetwork
-from . import config
+from . import checkpoint, config
 from .config import ConfigError, Run
 from .distributed import DistributedError, Process, joined
 from .log import Log, LogError
@@ -38,7 +38,7 @@ from .loop import Progress, TrainingStopped, train
 from .memory import Examples, fitted
 from .options import MEANINGS, OptionsError, TrainingOptions
 from .plot import HEIGHT, WIDTH, plot
-from .writer import newest_control, next_steps
+from .writer import CHECKPOINTS, newest_control, next_steps
 
 EXPECTED = (
     BaseMismatch,
@@ -91,7 +91,8 @@ def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
     base = read_base(run.base, run.loras)
     run = _predicting(run, base)
-    options, said = fitted(run.options, base.unet.config, Examples.of(dataset), process)
+    saved = checkpoint.options_of(run.output / CHECKPOINTS)
+    options, said = fitted(run.options, base.unet.config, Examples.of(dataset), process, saved)
     run = replace(run, options=options)
     if said:
         _say(process, said)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import checksum, saving
+from ..files.header import HeaderError, read_header
 from ..files.loading import LoadError, load_control, read_weights
 from ..files.saving import SaveError, write
 from ..files.writing import sweep
@@ -134,6 +135,16 @@ def newest(folder: Path) -> Checkpoint | None:
         raise LoadError(
             f"{folder}: none of its {len(found)} checkpoints can be read: delete them to begin again at step 0"
         )
+    return None
+
+
+def options_of(folder: Path) -> dict[str, Any] | None:
+    """The options that the newest checkpoint was trained with, by its header alone; None where none can be read."""
+    for path in reversed(files(folder)):
+        try:
+            return dict(json.loads(read_header(path)[1]["facts"])["options"])
+        except (OSError, HeaderError, KeyError, TypeError, ValueError, RecursionError):
+            continue
     return None
 
 

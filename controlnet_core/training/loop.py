@@ -29,7 +29,7 @@ from .controlled_unet import ControlledUNet, build
 from .distributed import ALONE, DistributedError, Process
 from .fidelity import HeldOut, Score, structure
 from .inputs import Ahead, Passes, check_text_embeddings, fixed
-from .options import OptionsError, TrainingOptions
+from .options import NUMBERS, OptionsError, TrainingOptions
 from .state import TrainingState
 from .step import CudaGraphs, Steps, pass_loss
 from .writer import CHECKPOINTS, Writer, plan
@@ -288,7 +288,7 @@ def _changed(
     before = saved.facts["options"]["optimizer"]
     if before != options.optimizer:
         notes.append(f"the optimizer was {before} and is {options.optimizer}: what it has seen begins anew")
-    for name in ("batch_size", "accumulation", "base_weights", "control_weights"):
+    for name in NUMBERS:
         before, now = saved.facts["options"].get(name), getattr(options, name)
         if before not in (None, now):
             notes.append(f"{name} was {before} and is {now}: what is trained from now on differs by that")

@@ -32,7 +32,7 @@ from ...controlnet_core.training.distributed import Process
 from ...controlnet_core.training.fidelity import structure
 from ...controlnet_core.training.memory import Examples, fitted
 from ...controlnet_core.training.options import OptionsError, TrainingOptions
-from ...controlnet_core.training.writer import BEST, newest_control
+from ...controlnet_core.training.writer import BEST, CHECKPOINTS, newest_control
 from . import files
 from .dataset import PLACE, encoders, folder_of
 from .models import ModelError, unet_config
@@ -103,7 +103,8 @@ def train(
         base = unet_weights(model)
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
         if not done:
-            options, fits = fitted(options, config, Examples.of(dataset), process)
+            saved = checkpoint.options_of(folder / CHECKPOINTS)
+            options, fits = fitted(options, config, Examples.of(dataset), process, saved)
             if fits:
                 log.info(fits)
         steps = loop.train(options, base, config, alphas, dataset, folder, score, process, begin)
