@@ -154,7 +154,7 @@ def train(
     ahead = Ahead(passes, options.steps * options.accumulation)
     steps = Steps(network, state, ahead, alphas, options, process, CudaGraphs() if options.graphs else None)
     if state.step < options.steps and process.rank == 0:
-        log.info("%s", plan(folder, state, options))
+        log.info("%s", plan(folder, state, controlled, options))
         pictures.note(folder, dataset)
 
     with closing(ahead), closing(writer), _failures(state, options, writer):

@@ -20,6 +20,7 @@ from ..keys import State, Weights
 from . import checkpoint
 from .controlled_unet import ControlledUNet
 from .distributed import ALONE, Process
+from .memory import state_bytes
 from .options import PRECISIONS, TrainingOptions
 from .state import TrainingState
 
@@ -184,19 +185,22 @@ def next_steps(folder: Path) -> str:
 # -- how much it will be ----------------------------------------------------------------------------------------------
 
 
-def plan(folder: Path, state: TrainingState, options: TrainingOptions) -> str:
+def plan(folder: Path, state: TrainingState, controlled: ControlledUNet, options: TrainingOptions) -> str:
     """How much room the run in `folder` takes at most, and how much it will write until its end, in words.
 
-    Of a run that has no checkpoint yet it is reckoned with two moments in fp32 for each weight: AdamW's.
+    The optimizer's state is that of all weights that are trained, whether they have been stepped yet or not. Where the
+    decoder is trained, each control has the whole UNet beside it.
     """
-    weights = sum(weight.nbytes for weight in state.weights.values())
-    before = checkpoint.files(folder / CHECKPOINTS)
-    each = before[-1].stat().st_size if before else weights * (4 if state.averages else 3)
-    control = weights * PRECISIONS[options.control_dtype].itemsize // 4
+    held = (*state.weights.values(), *state.averages.values())
+    trained = [weight for weight in state.weights.values() if weight.requires_grad]
+    each = sum(tensor.nbytes for tensor in held) + sum(state_bytes(options.optimizer, weight) for weight in trained)
+    written_out = controlled if options.unlock_decoder else controlled.control
+    numbers = sum(p.numel() for p in written_out.parameters())
+    control, last = numbers * PRECISIONS[options.control_dtype].itemsize, numbers * 4
     left = max(0, options.steps - state.step)
     count = math.ceil(left / options.save_every)
-    kept = each * (min(options.keep, count) + 1) + control * (min(options.keep_controls, count) + 1) + weights
-    written = count * (each + control) + weights
+    kept = each * (min(options.keep, count) + 1) + control * (min(options.keep_controls, count) + 1) + last
+    written = count * (each + control) + last
     existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free
