@@ -102,16 +102,18 @@ def read(base: Path, tokenizer: Path | None = None, vae: Path | None = None, lor
 def decoder(vae: Path, xl: bool, place: torch.device) -> Callable[[Tensor], Tensor]:
     """What makes pictures (B,3,8h,8w) in [0,1], on the CPU, of latents (B,4,h,w) as the UNet sees them (`read_vae`).
 
-    The VAE is on the device `place` only while it works.
+    The VAE is on the device `place` only while it works, on one picture after the other.
     """
     network, scale = read_vae(vae, xl)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        network.to(place)
-        pictures = network.decode(latents.to(place, torch.float32) / scale).sample
-        network.to("cpu")
-        return (pictures.cpu() / 2 + 0.5).clamp(0, 1)
+        try:
+            network.to(place)
+            pictures = [network.decode(one.to(place, torch.float32) / scale).sample.cpu() for one in latents.split(1)]
+        finally:
+            network.to("cpu")
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     return decode
 

@@ -35,7 +35,7 @@ from .config import ConfigError, Run
 from .distributed import DistributedError, Process, joined
 from .log import Log, LogError
 from .loop import Progress, TrainingStopped, train
-from .memory import Examples, fitted
+from .memory import Examples, fitted, is_out_of_memory
 from .options import MEANINGS, OptionsError, TrainingOptions
 from .plot import HEIGHT, WIDTH, plot
 from .writer import CHECKPOINTS, newest_control, next_steps
@@ -223,9 +223,20 @@ class Watch:
         """Hints above pictures above samples (3h,w,3) uint8."""
         rows = [held.hints.cpu()]
         for latents in (held.latents, samples.cpu()):
-            rows.append(self._decode(latents))
+            rows.append(self._decoded(latents))
         sheet = rearrange(torch.stack(rows), "rows b c h w -> (rows h) (b w) c")
         return (sheet * 255).round().byte().numpy()
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Pictures of latents, without a VAE from the time on that memory does not suffice for it."""
+        try:
+            return self._decode(latents)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        logging.warning("out of memory for the VAE: samples are shown in the small colours of the dataset from now on")
+        self._decode = self._dataset.enlarged_preview
+        return self._decode(latents)
 
 
 def _write(path: Path, picture: Any) -> None:
