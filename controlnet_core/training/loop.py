@@ -157,7 +157,7 @@ def train(
         log.info("%s", plan(folder, state, controlled, options))
         pictures.note(folder, dataset)
 
-    with closing(ahead), closing(writer), _failures(state, options, writer):
+    with closing(ahead), closing(writer), _failures(report, writer, process):
         if state.step == 0:
             started = time.monotonic()
             yield report()
@@ -201,7 +201,7 @@ def train(
 
 
 @contextmanager
-def _failures(state: TrainingState, options: TrainingOptions, writer: Writer) -> Iterator[None]:
+def _failures(report: Reports, writer: Writer, process: Process) -> Iterator[None]:
     """What ends a training within it becomes a TrainingStopped that says what is kept, and what to do."""
     try:
         yield
@@ -213,15 +213,22 @@ def _failures(state: TrainingState, options: TrainingOptions, writer: Writer) ->
         if not memory.is_out_of_memory(error):
             raise
         writer.rest()
+        state, options, sampling = report.state, report.options, report.is_looking
+        when = f"at step {state.step + 1} with batch_size {options.batch_size}"
+        if sampling:
+            when = f"while {len(report.held_out.items)} held-out pictures were sampled after step {state.step}"
         raise TrainingStopped(
-            f"out of memory at step {state.step + 1} with batch_size {options.batch_size}. "
-            f"{checkpoint.kept(writer.checkpoints)} {memory.advice(options)}"
+            f"out of memory {when}. {checkpoint.kept(writer.checkpoints)} "
+            f"{memory.advice(options, process.world, sampling)}"
         ) from error
 
 
 @dataclass
 class Reports:
-    """Says how far a training is; `sampling` and `saving` are the seconds that each took the last time."""
+    """Says how far a training is; `sampling` and `saving` are the seconds that each took the last time.
+
+    `is_looking` while held-out pictures are looked at, and where that failed.
+    """
 
     state: TrainingState
     options: TrainingOptions
@@ -230,16 +237,19 @@ class Reports:
     notes: tuple[str, ...]
     sampling: float = 0.0
     saving: float = 0.0
+    is_looking: bool = False
 
     def __call__(self, loss: float | None = None, norm: float | None = None) -> Progress:
         """The report of this step, with a look at the held-out pictures where it is due."""
         state, options, held_out = self.state, self.options, self.held_out
         fidelity, samples, validation = None, None, None
-        if held_out.is_due(state.step):
+        self.is_looking = held_out.is_due(state.step)
+        if self.is_looking:
             with state.averaged():
                 fidelity, samples = held_out.measure(self.controlled)
                 validation = held_out_loss(self.controlled, held_out)
             state.add_fidelity(fidelity)
+        self.is_looking = False
         device = next(self.controlled.parameters()).device
         going = state.step < options.steps
         saves = going * (math.ceil(options.steps / options.save_every) - state.step // options.save_every)

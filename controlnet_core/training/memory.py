@@ -42,10 +42,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(said in words for said in ("can't allocate memory", "out of memory", "status_alloc_failed"))
 
 
-def advice(options: TrainingOptions) -> str:
-    """What to lower, the mildest first."""
-    if options.batch_size > 1:
-        split = _split(options, 1)
+def advice(options: TrainingOptions, world: int = 1, sampling: bool = False) -> str:
+    """What to lower, the mildest first; where memory ended while held-out pictures were sampled, what they take."""
+    if sampling:
+        fewer = f"Set held_out {options.held_out // 2} in a new run, or " if options.held_out > 1 else "Set "
+        return f"{fewer}sample_every 0 and resume."
+    if options.batch_size > world:
+        split = _split(options, world)
         return (
             f"Set batch_size {split.batch_size} and accumulation {split.accumulation}, which trains the same, and "
             "resume."
@@ -55,7 +58,7 @@ def advice(options: TrainingOptions) -> str:
     if options.optimizer != "adamw8bit":
         kept = options.optimizer_in_ram or options.optimizer not in MOVABLE
         moved = "" if kept else "Turn optimizer_in_ram on and resume, or choose "
-        return f"{moved or 'Choose '}optimizer adamw8bit in a new run, or kind control_lora."
+        return f"{moved or 'Choose '}optimizer adamw8bit and resume, or kind control_lora in a new run."
     return "Choose kind control_lora, or a dataset of a lower resolution."
 
 
