@@ -150,12 +150,11 @@ def train(
     # The controlled UNet has its own. What is mapped of a checkpoint would keep Windows from deleting it.
     del base, begin, saved
     report = Reports(state, options, held_out, controlled, tuple(notes))
-    writer = Writer(folder, controlled, options, facts, process)
+    writer = Writer(folder, controlled, dataset, options, facts, process)
     ahead = Ahead(passes, options.steps * options.accumulation)
     steps = Steps(network, state, ahead, alphas, options, process, CudaGraphs() if options.graphs else None)
     if state.step < options.steps and process.rank == 0:
         log.info("%s", plan(folder, state, controlled, options))
-        pictures.note(folder, dataset)
 
     with closing(ahead), closing(writer), _failures(report, writer, process):
         if state.step == 0:

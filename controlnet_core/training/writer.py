@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.dataset import Dataset
 from ..files.loading import read_weights
 from ..files.saving import SaveError
 from ..keys import State, Weights
-from . import checkpoint
+from . import checkpoint, pictures
 from .controlled_unet import ControlledUNet
 from .distributed import ALONE, Process
 from .memory import state_bytes
@@ -50,12 +51,14 @@ class Writer:
         self,
         folder: Path,
         controlled: ControlledUNet,
+        dataset: Dataset,
         options: TrainingOptions,
         facts: Mapping[str, Any],
         process: Process = ALONE,
     ):
         """`facts` say of which training it is; of several processes the first one writes."""
-        self._folder, self._controlled, self._options, self._facts = folder, controlled, options, facts
+        self._folder, self._controlled, self._dataset = folder, controlled, dataset
+        self._options, self._facts = options, facts
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._going: Future[None] | None = None
         self._writes = process.rank == 0
@@ -106,13 +109,18 @@ class Writer:
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _begin(self, step: int, job: Callable[[], None]) -> None:
-        self.step, self._going = step, self._thread.submit(job)
+        self.step = step
+        try:
+            self._going = self._thread.submit(job)
+        except RuntimeError:  # the interpreter ends, with a training that nobody closed, and no thread begins anything
+            job()
 
     def _write(self, made: checkpoint.Checkpoint, best: bool) -> None:
         result = {**made.part("model."), **made.part("average.")}
         if best:  # first: once the checkpoint is there, this step is not measured again
             self._write_best(result, made.step)
         path = checkpoint.save(self._folder / CHECKPOINTS, made, self._options.keep)
+        pictures.note(self._folder, self._dataset)  # after it: until then the run goes on from what was noted before
         control, unet = self._folder / CONTROLS / path.name, self._folder / CONTROLS / "unet" / path.name
         self._write_result(control, unet, result, made.step)
         for each in (control, unet):
