@@ -254,6 +254,17 @@ def test_closing_writes_the_step_of_now_whatever_became_of_the_last(
     assert names(tmp_path / "checkpoints") == ["step-00000003.safetensors"]
 
 
+def test_what_nobody_closed_is_kept_when_the_interpreter_ends(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    running = training(quick(steps=9, save_every=9), data, tmp_path)
+    while next(running).step < 3:
+        pass
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)  # as the end of the main thread leaves it
+    running.close()  # as the end of the generator does
+    assert names(tmp_path / "checkpoints") == names(tmp_path / "controls") == ["step-00000003.safetensors"]
+
+
 def test_a_best_control_that_cannot_be_written_ends_nothing(
     data: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
