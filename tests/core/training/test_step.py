@@ -214,7 +214,7 @@ def test_what_is_read_ahead_is_what_is_asked_for(data: Dataset):
     with closing(Ahead(plain, 9)) as ahead:
         for k in (0, 1, 2, 5, 6, 3, 8, 0):
             found, expected = ahead[k], plain[k]
-            for name in ("latents", "noise", "timesteps", "context", "hints"):
+            for name in ("latents", "noise", "timesteps", "context", "hint_bytes"):
                 assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
