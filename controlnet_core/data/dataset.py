@@ -210,6 +210,10 @@ class Dataset:
         """The text embedding of the empty prompt, fp32."""
         return self._text_embeddings([0])[0]
 
+    def text_embedding(self, prompt: str) -> TextEmbedding | None:
+        """The text embedding of one of the dataset's prompts, fp32; None for any other prompt."""
+        return self._text_embeddings([self.prompts.index(prompt)])[0] if prompt in self.prompts else None
+
     def _rows(self, places: Sequence[Place]) -> list[dict[str, Tensor]]:
         rows: dict[int, dict[str, Tensor]] = {}
         names = ("latents", "hints", "prompts", *(("sizes",) if self.has_pooled else ()))

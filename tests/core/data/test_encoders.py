@@ -92,6 +92,15 @@ def test_a_long_prompt_is_encoded_piece_by_piece(tmp_path: Path):
     assert found.prompt("")[0].shape == (10, 16)
 
 
+def test_prompts_can_be_encoded_without_a_vae(tmp_path: Path):
+    base = write_model(tmp_path, texts=2)
+    expected = encoders.read(base).prompt("a cat")
+    shutil.rmtree(base / "vae")
+    found = encoders.read_prompts(base)("a cat")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def test_a_folder_of_two_text_encoders_gives_sdxls_context(tmp_path: Path):
     import transformers
 

@@ -184,7 +184,7 @@ def test_out_of_memory_while_pictures_are_sampled_keeps_the_step(
     with pytest.raises(TrainingStopped) as stopped:
         list(steps)
     assert str(stopped.value) == (
-        "out of memory while 2 held-out pictures were sampled after step 3. step-00000003.safetensors is kept, and "
+        "out of memory while pictures were sampled after step 3. step-00000003.safetensors is kept, and "
         "training goes on from it. Set held_out 1 in a new run, or sample_every 0 and resume."
     )
     monkeypatch.undo()
