@@ -244,11 +244,11 @@ def test_a_run_that_goes_on_keeps_its_numbers(
 def test_where_its_numbers_no_longer_fit_a_run_takes_more(small_card: Any):
     options = quick(precision="bf16", batch_size=4, recompute="off")
     before = replace(options, batch_size=2, accumulation=2)
-    small_card(Counter(CONFIG, EXAMPLES).needs(replace(before, gradient_checkpointing=True)).total)
+    small_card(Counter(CONFIG, EXAMPLES).needs(replace(before, recompute="on")).total)
     found, said = fitted(options, CONFIG, EXAMPLES, saved=before.as_dict())
-    assert (found.batch_size, found.gradient_checkpointing) == (2, True)
+    assert found == replace(before, recompute="on")
     assert said.startswith("batch_size 2, accumulation 2 as before")
-    assert ": it is trained with gradient_checkpointing on, with which it needs" in said
+    assert ": it is trained with recompute on, with which it needs" in said
 
 
 def test_checkpoints_of_before_these_options_are_read(small_card: Any):
