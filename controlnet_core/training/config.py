@@ -110,7 +110,7 @@ def defaults() -> str:
         "",
         "# Prompts and hints of your own, sampled as often as the held-out pictures: any number of such sections.",
         "# [[validation]]",
-        '# prompt = "a red ball"',
-        '# hint = "ball.png"',
+        line("# hint", "ball.png", "a picture that is a hint"),
+        line("# prompt", "a red ball", "what is sampled from it"),
     ]
     return "\n".join(lines) + "\n"
