@@ -88,6 +88,13 @@ class TrainControlNet(io.ComfyNode):
                     "ControlNet-lite or a checkpoint of another run, of Load ControlNet. A run that goes on has its "
                     "own.",
                 ),
+                ControlDataset.Input(
+                    "validation",
+                    optional=True,
+                    tooltip="Prompts and hints of your own, as Make Control Dataset makes them of your pictures, hints "
+                    "and captions: sampled with the held-out pictures and shown below them. The first 16; nothing is "
+                    "learned from them.",
+                ),
             ],
             outputs=[
                 io.ControlNet.Output(display_name="control_net"),
@@ -110,12 +117,14 @@ class TrainControlNet(io.ComfyNode):
         fidelity: str,
         options: dict[str, Any] | None = None,
         control_net: Any = None,
+        validation: Any = None,
         **chosen: Any,
     ) -> io.NodeOutput:
         from .host.training import train  # with all that trains, which ComfyUI's start does not wait for
 
         all_of = training.from_dict({**(options or {}), **chosen})
-        trained = train(model, clip, vae, dataset, name, all_of, fidelity, cls.hidden.unique_id, control_net)
+        node_id = cls.hidden.unique_id
+        trained = train(model, clip, vae, dataset, name, all_of, fidelity, node_id, control_net, validation)
         shown = {**ui.PreviewImage(trained.plot, cls=cls).as_dict(), **ui.PreviewText(trained.says).as_dict()}
         return io.NodeOutput(trained.control, trained.plot, trained.samples, trained.name, ui=shown)
 

@@ -40,15 +40,20 @@ class Batch:
     `latents` (B,4,h,w) fp32, scaled as the UNet sees them. `context` (B,T,C) and `pooled` (B,D) fp32, of each item's
     own prompt; `prompts` (B,) int64 says which one, 0 being the empty prompt. `sizes` (B,6) int32: height and width of
     the picture, top and left of the crop, height and width of the crop. `pooled` and `sizes` are None but for SDXL.
-    `hints` (B,3,8h,8w) fp32 in [0,1].
+    `hint_bytes` (B,3,8h,8w) uint8 are the hints as they travel: a quarter of what they are as numbers.
     """
 
     latents: Tensor
     context: Tensor
     pooled: Tensor | None
     sizes: Tensor | None
-    hints: Tensor
+    hint_bytes: Tensor
     prompts: Tensor
+
+    @property
+    def hints(self) -> Tensor:
+        """The hints (B,3,8h,8w) fp32 in [0,1], on the device of the batch."""
+        return in_unit(self.hint_bytes)
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class Dataset:
             context=stack_contexts([context for context, _ in texts], self.empty_prompt[0]),
             pooled=torch.stack(pooled) if pooled else None,
             sizes=torch.stack([row["sizes"] for row in rows]) if self.has_pooled else None,
-            hints=torch.stack(hints).float() / 255,
+            hint_bytes=torch.stack(hints),
             prompts=prompts,
         )
 
@@ -204,6 +209,10 @@ class Dataset:
     def empty_prompt(self) -> TextEmbedding:
         """The text embedding of the empty prompt, fp32."""
         return self._text_embeddings([0])[0]
+
+    def text_embedding(self, prompt: str) -> TextEmbedding | None:
+        """The text embedding of one of the dataset's prompts, fp32; None for any other prompt."""
+        return self._text_embeddings([self.prompts.index(prompt)])[0] if prompt in self.prompts else None
 
     def _rows(self, places: Sequence[Place]) -> list[dict[str, Tensor]]:
         rows: dict[int, dict[str, Tensor]] = {}
@@ -297,6 +306,14 @@ def _damaged(folder: Path, what: str) -> DatasetError:
         f"{folder} is damaged: {what}: make the dataset again into the same folder, which makes anew what these files "
         "held and keeps the rest"
     )
+
+
+def in_unit(numbers: Tensor) -> Tensor:
+    """Bytes as fp32 in [0,1], on all devices the same to the last bit.
+
+    CUDA would multiply by the inverse of a plain 255; by one that lies on the device it divides.
+    """
+    return numbers.float() / torch.full((), 255.0, device=numbers.device)
 
 
 def to_device(record: Record, device: torch.device, copy: bool = False) -> Record:

@@ -79,39 +79,60 @@ def read(base: Path, tokenizer: Path | None = None, vae: Path | None = None, lor
     pack lies in. `vae` is one to take in place of the base's own (`read_vae`); `loras` are merged into the text
     encoder. Raises EncoderError, and LoadError for a file that cannot be read.
     """
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    texts = _of_folder(base) if base.is_dir() else _of_checkpoint(base, tokenizer or _found_tokenizer())
+    texts = _texts(base, tokenizer)
     network, scale = read_vae(vae or base, xl=len(texts) > 1)
+    place = _place()
     network.to(place)
-    for text, prefix in zip(texts, TEXTS[len(texts)]):
-        weights = text.model.state_dict()
-        text.model.load_state_dict(merged(weights, text_names(weights), prefix, loras))
-        text.model.eval().to(place)
 
     @torch.no_grad()
     def encode_pictures(pictures: Tensor) -> Tensor:
         return network.encode(pictures.to(place) * 2 - 1).latent_dist.mode() * scale
 
+    return Encoders(encode_pictures, _prompts(texts, loras))
+
+
+def read_prompts(base: Path, tokenizer: Path | None = None, loras: Sequence[Path] = ()) -> EncodePrompt:
+    """The encoder of prompts alone; as `read` otherwise."""
+    return _prompts(_texts(base, tokenizer), loras)
+
+
+def _texts(base: Path, tokenizer: Path | None) -> list[TextEncoder]:
+    return _of_folder(base) if base.is_dir() else _of_checkpoint(base, tokenizer or _found_tokenizer())
+
+
+def _prompts(texts: Sequence[TextEncoder], loras: Sequence[Path]) -> EncodePrompt:
+    """What encodes a prompt with a model's text encoders, once `loras` are merged into them."""
+    for text, prefix in zip(texts, TEXTS[len(texts)]):
+        weights = text.model.state_dict()
+        text.model.load_state_dict(merged(weights, text_names(weights), prefix, loras))
+        text.model.eval().to(_place())
+
     def encode_prompt(prompt: str) -> tuple[Tensor, Tensor | None]:
         contexts, pooled = zip(*(text(prompt) for text in texts))
         return torch.cat(contexts, dim=-1), pooled[-1] if len(texts) > 1 else None
 
-    return Encoders(encode_pictures, encode_prompt)
+    return encode_prompt
+
+
+def _place() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def decoder(vae: Path, xl: bool, place: torch.device) -> Callable[[Tensor], Tensor]:
     """What makes pictures (B,3,8h,8w) in [0,1], on the CPU, of latents (B,4,h,w) as the UNet sees them (`read_vae`).
 
-    The VAE is on the device `place` only while it works.
+    The VAE is on the device `place` only while it works, on one picture after the other.
     """
     network, scale = read_vae(vae, xl)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        network.to(place)
-        pictures = network.decode(latents.to(place, torch.float32) / scale).sample
-        network.to("cpu")
-        return (pictures.cpu() / 2 + 0.5).clamp(0, 1)
+        try:
+            network.to(place)
+            pictures = [network.decode(one.to(place, torch.float32) / scale).sample.cpu() for one in latents.split(1)]
+        finally:
+            network.to("cpu")
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     return decode
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,23 +23,25 @@ from torch import Tensor
 
 from ..data.config import MODEL, dashed
 from ..data.dataset import Batch, Dataset
-from ..data.encoders import EncoderError, decoder
+from ..data.encoders import EncoderError, decoder, read_prompts
 from ..data.manifest import DatasetError
+from ..data.pictures import PictureError
 from ..files.base import Base, read_base
 from ..files.loading import LoadError, load_control, read_weights
 from ..files.lock import LockedError, locked
 from ..files.saving import SaveError
 from ..networks.controlnet import BaseMismatch
 from ..networks.network import ControlNetwork
-from . import config
+from . import checkpoint, config
 from .config import ConfigError, Run
 from .distributed import DistributedError, Process, joined
 from .log import Log, LogError
 from .loop import Progress, TrainingStopped, train
-from .memory import Examples, fitted
+from .memory import Examples, fitted, is_out_of_memory
 from .options import MEANINGS, OptionsError, TrainingOptions
 from .plot import HEIGHT, WIDTH, plot
-from .writer import newest_control, next_steps
+from .validation import framed
+from .writer import CHECKPOINTS, newest_control, next_steps
 
 EXPECTED = (
     BaseMismatch,
@@ -50,6 +53,7 @@ EXPECTED = (
     LockedError,
     LogError,
     OptionsError,
+    PictureError,
     SaveError,
     TrainingStopped,
 )
@@ -91,7 +95,8 @@ def _run(run: Run, process: Process) -> int:
     dataset = Dataset.open(run.dataset)
     base = read_base(run.base, run.loras)
     run = _predicting(run, base)
-    options, said = fitted(run.options, base.unet.config, Examples.of(dataset), process)
+    saved = checkpoint.options_of(run.output / CHECKPOINTS)
+    options, said = fitted(run.options, base.unet.config, Examples.of(dataset), process, saved)
     run = replace(run, options=options)
     if said:
         _say(process, said)
@@ -99,7 +104,8 @@ def _run(run: Run, process: Process) -> int:
     decode = dataset.enlarged_preview
     if run.vae is not None and process.rank == 0:
         decode = decoder(run.vae, base.unet.config.adm_in_channels is not None, process.device)
-    watch = Watch(run, dataset, decode) if process.rank == 0 else None
+    prompts = _prompts(run, dataset) if process.rank == 0 else ()
+    watch = Watch(run, dataset, decode, prompts) if process.rank == 0 else None
     progresses = train(
         run.options,
         base.unet.state_dict(),
@@ -109,6 +115,7 @@ def _run(run: Run, process: Process) -> int:
         run.output,
         process=process,
         begin=begin,
+        prompts=prompts,
     )
     del base, begin  # the training lets go of them, too, once it has its own
     # Closing the training writes a checkpoint, also when the watch finds no room for what it writes.
@@ -152,6 +159,12 @@ def _begin(path: Path) -> ControlNetwork:
     return load_control(*read_weights(path), name=path.name).control
 
 
+def _prompts(run: Run, dataset: Dataset) -> tuple[Batch, ...]:
+    """What is sampled beside the held-out pictures; a text encoder is read where the dataset lacks a prompt."""
+    encoder = cache(lambda: read_prompts(run.base, run.tokenizer, run.loras))
+    return tuple(each.batch(dataset, lambda prompt: encoder()(prompt)) for each in run.prompts)
+
+
 def _say(process: Process, text: str) -> None:
     if process.rank == 0:
         print(text, flush=True)
@@ -186,8 +199,8 @@ class Stop:
 class Watch:
     """What the terminal and the run's folder show of a training."""
 
-    def __init__(self, run: Run, dataset: Dataset, decode: Callable[[Tensor], Tensor]):
-        self._run, self._dataset, self._decode = run, dataset, decode
+    def __init__(self, run: Run, dataset: Dataset, decode: Callable[[Tensor], Tensor], prompts: Sequence[Batch] = ()):
+        self._run, self._dataset, self._decode, self._prompts = run, dataset, decode, prompts
         self._log: Log | None = None
         self._said = 0.0
 
@@ -200,8 +213,8 @@ class Watch:
             text = json.dumps(facts, indent=2) + "\n"
             (folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
         pictures = None
-        if progress.samples is not None:
-            pictures = self._pictures(progress.samples, self._dataset.read(progress.held))
+        if progress.samples is not None or progress.prompted:
+            pictures = self._pictures(progress)
             _write(folder / "samples" / f"step-{progress.step:08d}.png", pictures)
         self._log.add(progress, pictures)
         if progress.fidelity is not None or progress.step == progress.steps:
@@ -218,13 +231,28 @@ class Watch:
         if self._log is not None:
             self._log.close()
 
-    def _pictures(self, samples: Tensor, held: Batch) -> Any:
-        """Hints above pictures above samples (3h,w,3) uint8."""
-        rows = [held.hints.cpu()]
-        for latents in (held.latents, samples.cpu()):
-            rows.append(self._decode(latents))
-        sheet = rearrange(torch.stack(rows), "rows b c h w -> (rows h) (b w) c")
-        return (sheet * 255).round().byte().numpy()
+    def _pictures(self, progress: Progress) -> Any:
+        """Hints above pictures above samples (3h,w,3) uint8; the user's own prompts come last, without one."""
+        columns = []
+        if progress.samples is not None:
+            held = self._dataset.read(progress.held)
+            columns.append([held.hints, self._decoded(held.latents), self._decoded(progress.samples)])
+        for own, samples in zip(self._prompts, progress.prompted):
+            columns.append([own.hints, torch.zeros_like(own.hints), self._decoded(samples)])
+        height, width = columns[0][0].shape[-2:]
+        sheet = torch.cat([framed(torch.stack(rows), height, width) for rows in columns], dim=1)
+        return (rearrange(sheet, "rows b c h w -> (rows h) (b w) c") * 255).round().byte().numpy()
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Pictures of latents, without a VAE from the time on that memory does not suffice for it."""
+        try:
+            return self._decode(latents)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        logging.warning("out of memory for the VAE: samples are shown in the small colours of the dataset from now on")
+        self._decode = self._dataset.enlarged_preview
+        return self._decode(latents)
 
 
 def _write(path: Path, picture: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import checksum, saving
+from ..files.header import HeaderError, read_header
 from ..files.loading import LoadError, load_control, read_weights
 from ..files.saving import SaveError, write
 from ..files.writing import sweep
@@ -137,6 +138,16 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def options_of(folder: Path) -> dict[str, Any] | None:
+    """The options that the newest checkpoint was trained with, by its header alone; None where none can be read."""
+    for path in reversed(files(folder)):
+        try:
+            return dict(json.loads(read_header(path)[1]["facts"])["options"])
+        except (OSError, HeaderError, KeyError, TypeError, ValueError, RecursionError):
+            continue
+    return None
+
+
 def kept(folder: Path) -> str:
     """What a training that ends here goes on from, in words."""
     for path in reversed(files(folder)):
@@ -199,9 +210,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Weights, names:
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         plain = tensor.ndim == 0 and tensor.dtype == torch.int64
-        # A copy: tensors of a file may be mapped, and a mapped file cannot be deleted on Windows.
-        state.setdefault(numbers[name], {})[kind] = int(tensor) if plain else tensor.clone()
+        parameter = order[numbers[name]]
+        state.setdefault(numbers[name], {})[kind] = int(tensor) if plain else _laid_out(tensor, parameter)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A copy that lies in memory as the parameter does where it has its shape: fused steps go through both at once.
+
+    Tensors of a file may be mapped, and a mapped file cannot be deleted on Windows.
+    """
+    if tensor.shape != parameter.shape:
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, parameter.stride(), dtype=tensor.dtype).copy_(tensor)
 
 
 # -- its control ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ..data.config import (
     section,
 )
 from .options import MEANINGS, TrainingOptions
+from .validation import ValidationPrompt
 
 __all__ = ["OPTIONS", "SECTIONS", "ConfigError", "Run", "defaults", "read"]
 
@@ -42,7 +43,8 @@ class Run:
     """A training as its file describes it: files and folders, and the options.
 
     Without `prediction_given` what the model predicts is not `options.prediction` but what its file says. `vae` shows
-    samples in true colours, and `control` is what it begins with.
+    samples in true colours, and `control` is what it begins with. `prompts` are sampled with the held-out pictures;
+    `tokenizer` is for those that the dataset does not have.
     """
 
     base: Path
@@ -53,6 +55,8 @@ class Run:
     vae: Path | None = None
     control: Path | None = None
     loras: tuple[Path, ...] = ()
+    tokenizer: Path | None = None
+    prompts: tuple[ValidationPrompt, ...] = ()
 
     def predicting(self, prediction: str) -> Run:
         """This training of a model that predicts this."""
@@ -68,10 +72,26 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Run:
     base, dataset, output = (
         path_of(path, found, where, key) for where, key in (("model", "base"), ("data", "dataset"), ("", "output"))
     )
-    vae, control = (optional_path_of(path, found, "model", key) for key in ("vae", "control"))
+    vae, control, tokenizer = (optional_path_of(path, found, "model", key) for key in ("vae", "control", "tokenizer"))
     prediction = {key: value for key, value in found["model"].items() if key == "prediction" and value != AUTO}
     options = TrainingOptions(**prediction, **found["training"])
-    return Run(base, dataset, output, options, bool(prediction), vae, control, loras_of(path, found))
+    loras, prompts = loras_of(path, found), _prompts(path, found)
+    return Run(base, dataset, output, options, bool(prediction), vae, control, loras, tokenizer, prompts)
+
+
+def _prompts(path: Path | None, found: Mapping[str, Mapping[str, Any]]) -> tuple[ValidationPrompt, ...]:
+    """The user's own prompts and hints: the sections [[validation]] of the file."""
+    tables = found[""].get("validation", [])
+    alike = {"hint": str, "prompt": str}
+    for table in tables if isinstance(tables, list) else [None]:
+        if not (isinstance(table, dict) and "hint" in table and all(type(x) is alike.get(k) for k, x in table.items())):
+            raise ConfigError(
+                f"{path}: validation is {tables!r}: expected sections [[validation]], each with a hint and a prompt"
+            )
+    return tuple(
+        ValidationPrompt(table.get("prompt", ""), path_of(path, {"validation": table}, "validation", "hint"))
+        for table in tables
+    )
 
 
 def defaults() -> str:
@@ -87,5 +107,10 @@ def defaults() -> str:
         line("control", "", "control, or checkpoint of another run, to begin with; none: a fresh one"),
         *section("data", DATA),
         *section("training", {name: (OPTIONS[name], MEANINGS[name]) for name in SECTIONS["training"]}),
+        "",
+        "# Prompts and hints of your own, sampled as often as the held-out pictures: any number of such sections.",
+        "# [[validation]]",
+        line("# hint", "ball.png", "a picture that is a hint"),
+        line("# prompt", "a red ball", "what is sampled from it"),
     ]
     return "\n".join(lines) + "\n"

@@ -21,36 +21,46 @@ Score = Callable[[Tensor, Batch], float]
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """The pictures `items` of a dataset that are never trained on: sampled now and then, and scored."""
+    """The pictures `items` of a dataset that are never trained on: sampled now and then, and scored.
+
+    With them the user's own `prompts`, each a batch of one item, are sampled, and not scored.
+    """
 
     dataset: Dataset
     items: Sequence[int]
     alphas: Tensor
     options: TrainingOptions
     score: Score
+    prompts: Sequence[Batch] = ()
 
     def is_due(self, step: int) -> bool:
         """Whether they are sampled after this step."""
         every = self.options.sample_every
-        return bool(self.items) and every > 0 and (step % every == 0 or step == self.options.steps)
+        return bool(self.items or self.prompts) and every > 0 and (step % every == 0 or step == self.options.steps)
 
     def times_due(self, step: int) -> int:
         """How often they are still sampled after this step."""
         every, last = self.options.sample_every, self.options.steps
-        if not self.items or every == 0 or step >= last:
+        if not (self.items or self.prompts) or every == 0 or step >= last:
             return 0
         return last // every - step // every + (last % every > 0)
 
     def measure(self, controlled: ControlledUNet) -> tuple[float, Tensor]:
         """The score of samples of them all, and these samples: latents (B,4,h,w), on the CPU."""
+        batch = self.dataset.read(self.items)
+        samples = self._sampled(controlled, batch)
+        return self.score(samples, batch), samples
+
+    def sample_prompts(self, controlled: ControlledUNet) -> tuple[Tensor, ...]:
+        """A sample of each of the user's own prompts, one after the other: latents (1,4,h,w), on the CPU."""
+        return tuple(self._sampled(controlled, batch) for batch in self.prompts)
+
+    def _sampled(self, controlled: ControlledUNet, batch: Batch) -> Tensor:
         device = self.alphas.device
         context, pooled = self.dataset.empty_prompt
         empty_prompt = context.to(device), None if pooled is None else pooled.to(device)
-        batch = self.dataset.read(self.items)
         with self.options.autocast(device):
-            moved = to_device(batch, device)
-            samples = sample(controlled, moved, empty_prompt, self.alphas, self.options).cpu()
-        return self.score(samples, batch), samples
+            return sample(controlled, to_device(batch, device), empty_prompt, self.alphas, self.options).cpu()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from .options import TrainingOptions
 class Inputs:
     """One pass over B examples, all of it tensors.
 
-    `latents` and `noise` (B,4,h,w), `timesteps` (B,), `context` (B,T,C), `hints` (B,3,8h,8w) in [0,1], and SDXL's
+    `latents` and `noise` (B,4,h,w), `timesteps` (B,), `context` (B,T,C), `hint_bytes` (B,3,8h,8w) uint8, and SDXL's
     vector `y` (B,D), None for other families.
     """
 
@@ -30,7 +30,7 @@ class Inputs:
     noise: Tensor
     timesteps: Tensor
     context: Tensor
-    hints: Tensor
+    hint_bytes: Tensor
     y: Tensor | None
 
 
@@ -56,7 +56,7 @@ class Passes:
         draws = objective.draw(self.options, k, shape, self.timesteps).part(share)
         context, pooled = text_embeddings(batch, draws.empty_prompts, self.dataset.empty_prompt)
         return Inputs(
-            batch.latents, draws.noise, draws.timesteps, context, batch.hints, sdxl_vector(pooled, batch.sizes)
+            batch.latents, draws.noise, draws.timesteps, context, batch.hint_bytes, sdxl_vector(pooled, batch.sizes)
         )
 
 
@@ -104,7 +104,7 @@ def fixed(dataset: Dataset, items: Sequence[int], options: TrainingOptions, time
         generator = torch.Generator().manual_seed(options.seed + number)
         noise = torch.randn(batch.latents.shape, generator=generator)
         at = torch.full((len(items),), int(share * timesteps))
-        yield Inputs(batch.latents, noise, at, context, batch.hints, y)
+        yield Inputs(batch.latents, noise, at, context, batch.hint_bytes, y)
 
 
 def text_embeddings(batch: Batch, empty: Tensor, empty_prompt: TextEmbedding) -> tuple[Tensor, Tensor | None]:

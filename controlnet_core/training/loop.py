@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.dataset import Batches, Dataset, to_device
+from ..data.dataset import Batch, Batches, Dataset, to_device
 from ..errors import ZeroConvError
 from ..files.kinds import kind_of
 from ..files.saving import SaveError
@@ -29,7 +29,7 @@ from .controlled_unet import ControlledUNet, build
 from .distributed import ALONE, DistributedError, Process
 from .fidelity import HeldOut, Score, structure
 from .inputs import Ahead, Passes, check_text_embeddings, fixed
-from .options import OptionsError, TrainingOptions
+from .options import NUMBERS, OptionsError, TrainingOptions
 from .state import TrainingState
 from .step import CudaGraphs, Steps, pass_loss
 from .writer import CHECKPOINTS, Writer, plan
@@ -53,7 +53,8 @@ class Progress:
     `validation`, their loss at fixed timesteps from fixed noise: all of what would be saved now, the averages of the
     weights where there are any. `converged` is the step at which fidelity jumped, once that is seen, `best` the one
     at which it was highest, with that fidelity, and `fallen` whether it is well below since. `pauses` are the seconds
-    that sampling and saving will still take. `notes` say what is new since the run was stopped.
+    that sampling and saving will still take. `notes` say what is new since the run was stopped. `prompted` are
+    samples of the user's own prompts and hints, latents (1,4,h,w) each, on the CPU.
     """
 
     step: int
@@ -73,6 +74,7 @@ class Progress:
     pauses: float = 0.0
     held: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    prompted: tuple[Tensor, ...] = ()
 
 
 def train(
@@ -85,6 +87,7 @@ def train(
     score: Score = structure,
     process: Process = ALONE,
     begin: ControlNetwork | None = None,
+    prompts: Sequence[Batch] = (),
 ) -> Generator[Progress, None, None]:
     """Train a control and leave it in `folder/control.safetensors`; yields after every optimizer step.
 
@@ -92,8 +95,9 @@ def train(
     (`diffusion.alphas_cumprod`). It goes on from the newest checkpoint in `folder/checkpoints`, with the losses of a
     run that was never interrupted: on the CPU bit for bit. A run that has none yet begins with the control `begin`, or
     with a fresh one. Each checkpoint has its control in `folder/controls`, and that of the highest fidelity is
-    `folder/control-best.safetensors`. Closing the generator stops after the step and keeps everything. Raises
-    TrainingStopped, OptionsError, SaveError, BaseMismatch; what was trained up to the last checkpoint is kept.
+    `folder/control-best.safetensors`. `prompts` are the user's own, batches of one item, sampled with the held-out
+    pictures. Closing the generator stops after the step and keeps everything. Raises TrainingStopped, OptionsError,
+    SaveError, BaseMismatch; what was trained up to the last checkpoint is kept.
     """
     device = process.device
     if options.batch_size % process.world:
@@ -124,6 +128,8 @@ def train(
     controlled = build(options, base, config, dataset.hint_channels, begin)
     try:
         controlled = controlled.to(device)
+        if options.graphs and device.type == "cuda":  # a tenth of such a step is what convolutions lose otherwise
+            controlled = controlled.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     except torch.cuda.OutOfMemoryError as error:
         raise TrainingStopped(
             f"the networks alone do not fit into the memory of {device}. Free what else is there, or choose kind "
@@ -131,7 +137,7 @@ def train(
         ) from error
     facts["control"] = kind_of(controlled.control).metadata(controlled.control)
     alphas = objective.noise_schedule(options, alphas).to(device)
-    held_out = HeldOut(dataset, held, alphas, options, score)
+    held_out = HeldOut(dataset, held, alphas, options, score, prompts)
     state = TrainingState(
         {name: p for name, p in controlled.named_parameters() if p.requires_grad or name.startswith("control.")},
         optimizer.make(options, controlled.control, controlled.unet),
@@ -150,14 +156,13 @@ def train(
     # The controlled UNet has its own. What is mapped of a checkpoint would keep Windows from deleting it.
     del base, begin, saved
     report = Reports(state, options, held_out, controlled, tuple(notes))
-    writer = Writer(folder, controlled, options, facts, process)
+    writer = Writer(folder, controlled, dataset, options, facts, process)
     ahead = Ahead(passes, options.steps * options.accumulation)
     steps = Steps(network, state, ahead, alphas, options, process, CudaGraphs() if options.graphs else None)
     if state.step < options.steps and process.rank == 0:
-        log.info("%s", plan(folder, state, options))
-        pictures.note(folder, dataset)
+        log.info("%s", plan(folder, state, controlled, options))
 
-    with closing(ahead), closing(writer), _failures(state, options, writer):
+    with closing(ahead), closing(writer), _failures(report, writer, process):
         if state.step == 0:
             started = time.monotonic()
             yield report()
@@ -176,11 +181,11 @@ def train(
             state.seconds += ended - started
 
             try:
-                yield (progress := report(value, norm))
+                yield report(value, norm)
             except BaseException:  # closed by the caller, or sampling failed or was cancelled; the step itself is sound
                 writer.finish(state)
                 raise
-            if progress.fidelity is not None:
+            if held_out.is_due(state.step):
                 report.sampling = time.monotonic() - ended
             # After the caller has seen the step: what a checkpoint holds is in the caller's log as well.
             ended = time.monotonic()
@@ -201,7 +206,7 @@ def train(
 
 
 @contextmanager
-def _failures(state: TrainingState, options: TrainingOptions, writer: Writer) -> Iterator[None]:
+def _failures(report: Reports, writer: Writer, process: Process) -> Iterator[None]:
     """What ends a training within it becomes a TrainingStopped that says what is kept, and what to do."""
     try:
         yield
@@ -213,15 +218,22 @@ def _failures(state: TrainingState, options: TrainingOptions, writer: Writer) ->
         if not memory.is_out_of_memory(error):
             raise
         writer.rest()
+        state, options, sampling = report.state, report.options, report.is_looking
+        when = f"at step {state.step + 1} with batch_size {options.batch_size}"
+        if sampling:
+            when = f"while pictures were sampled after step {state.step}"
         raise TrainingStopped(
-            f"out of memory at step {state.step + 1} with batch_size {options.batch_size}. "
-            f"{checkpoint.kept(writer.checkpoints)} {memory.advice(options)}"
+            f"out of memory {when}. {checkpoint.kept(writer.checkpoints)} "
+            f"{memory.advice(options, process.world, sampling)}"
         ) from error
 
 
 @dataclass
 class Reports:
-    """Says how far a training is; `sampling` and `saving` are the seconds that each took the last time."""
+    """Says how far a training is; `sampling` and `saving` are the seconds that each took the last time.
+
+    `is_looking` while held-out pictures are looked at, and where that failed.
+    """
 
     state: TrainingState
     options: TrainingOptions
@@ -230,16 +242,22 @@ class Reports:
     notes: tuple[str, ...]
     sampling: float = 0.0
     saving: float = 0.0
+    is_looking: bool = False
 
     def __call__(self, loss: float | None = None, norm: float | None = None) -> Progress:
         """The report of this step, with a look at the held-out pictures where it is due."""
         state, options, held_out = self.state, self.options, self.held_out
-        fidelity, samples, validation = None, None, None
-        if held_out.is_due(state.step):
+        fidelity, samples, validation, prompted = None, None, None, ()
+        self.is_looking = held_out.is_due(state.step)
+        if self.is_looking:
             with state.averaged():
-                fidelity, samples = held_out.measure(self.controlled)
-                validation = held_out_loss(self.controlled, held_out)
-            state.add_fidelity(fidelity)
+                if held_out.items:
+                    fidelity, samples = held_out.measure(self.controlled)
+                    validation = held_out_loss(self.controlled, held_out)
+                prompted = held_out.sample_prompts(self.controlled)
+            if fidelity is not None:
+                state.add_fidelity(fidelity)
+        self.is_looking = False
         device = next(self.controlled.parameters()).device
         going = state.step < options.steps
         saves = going * (math.ceil(options.steps / options.save_every) - state.step // options.save_every)
@@ -261,6 +279,7 @@ class Reports:
             pauses=self.sampling * held_out.times_due(state.step) + self.saving * saves,
             held=tuple(held_out.items),
             notes=self.notes,
+            prompted=prompted,
         )
 
 
@@ -288,7 +307,7 @@ def _changed(
     before = saved.facts["options"]["optimizer"]
     if before != options.optimizer:
         notes.append(f"the optimizer was {before} and is {options.optimizer}: what it has seen begins anew")
-    for name in ("batch_size", "accumulation", "base_weights", "control_weights"):
+    for name in NUMBERS:
         before, now = saved.facts["options"].get(name), getattr(options, name)
         if before not in (None, now):
             notes.append(f"{name} was {before} and is {now}: what is trained from now on differs by that")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import eq
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..networks.recompute import _autocast
 from ..networks.unet import UNet, UNetConfig
 from .controlled_unet import ControlledUNet, build, keep_activations
 from .distributed import ALONE, Process
-from .options import TrainingOptions
+from .options import NUMBERS, TrainingOptions
 from .parts import AT_ONCE
 
 GB = 2.0**30
@@ -41,10 +42,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(said in words for said in ("can't allocate memory", "out of memory", "status_alloc_failed"))
 
 
-def advice(options: TrainingOptions) -> str:
-    """What to lower, the mildest first."""
-    if options.batch_size > 1:
-        split = _split(options, 1)
+def advice(options: TrainingOptions, world: int = 1, sampling: bool = False) -> str:
+    """What to lower, the mildest first; where memory ended while held-out pictures were sampled, what they take."""
+    if sampling:
+        fewer = f"Set held_out {options.held_out // 2} in a new run, or " if options.held_out > 1 else "Set "
+        return f"{fewer}sample_every 0 and resume."
+    if options.batch_size > world:
+        split = _split(options, world)
         return (
             f"Set batch_size {split.batch_size} and accumulation {split.accumulation}, which trains the same, and "
             "resume."
@@ -54,7 +58,7 @@ def advice(options: TrainingOptions) -> str:
     if options.optimizer != "adamw8bit":
         kept = options.optimizer_in_ram or options.optimizer not in MOVABLE
         moved = "" if kept else "Turn optimizer_in_ram on and resume, or choose "
-        return f"{moved or 'Choose '}optimizer adamw8bit in a new run, or kind control_lora."
+        return f"{moved or 'Choose '}optimizer adamw8bit and resume, or kind control_lora in a new run."
     return "Choose kind control_lora, or a dataset of a lower resolution."
 
 
@@ -249,12 +253,17 @@ def available(device: torch.device) -> float | None:
 
 
 def fitted(
-    options: TrainingOptions, config: UNetConfig, examples: Examples, process: Process = ALONE
+    options: TrainingOptions,
+    config: UNetConfig,
+    examples: Examples,
+    process: Process = ALONE,
+    saved: Mapping[str, Any] | None = None,
 ) -> tuple[TrainingOptions, str]:
     """The options to train with in the memory that there is, and a sentence about it; empty where nothing is counted.
 
     Of `measures` as few are taken as do, the mildest first. `recompute` auto becomes on or off in any case, the rest is
-    changed with `fit_memory` auto alone. Where nothing does, all of them are taken, and what would do is said.
+    changed with `fit_memory` auto alone. Where nothing does, all of them are taken, and what would do is said. With
+    `fit_memory` auto a run that goes on from options `saved` keeps those measures of theirs that change its numbers.
     """
     room = available(process.device)
     if options.fit_memory == "off" or room is None or options.batch_size % process.world:  # the last is refused later
@@ -262,10 +271,12 @@ def fitted(
     room = float(min(process.gather(int(room))))
     counter = Counter(config, examples)
     needed = partial(_total, counter, process.world)
-    plain = replace(options, recompute="off") if options.recompute == "auto" else options
+    asked = replace(options, recompute="off") if options.recompute == "auto" else options
+    plain = _as_before(asked, saved, process.world) if saved and options.fit_memory == "auto" else asked
+    before = f"{_changes(asked, plain)} as before (fit_memory off takes what is asked): " if plain != asked else ""
     taken = choose(plain, room, needed, process.world)
     total, fits = needed(taken), needed(taken) <= room
-    head = f"this training needs about {needed(plain) / GB:.1f} GB of memory, {room / GB:.1f} GB are free"
+    head = f"{before}this training needs about {needed(plain) / GB:.1f} GB of memory, {room / GB:.1f} GB are free"
     if taken == plain:
         return plain, f"{head}{'' if fits else ': ' + _beyond(options, counter, process.world)}"
 
@@ -278,6 +289,24 @@ def fitted(
         return taken, f"{head}: it is trained with {what}{beyond}"
     mildest = replace(options, recompute=taken.recompute) if options.recompute == "auto" else options
     return mildest, f"{head}: set {what}{beyond}"
+
+
+def _as_before(options: TrainingOptions, saved: Mapping[str, Any], world: int) -> TrainingOptions:
+    """`options` after those of `measures` that a run with options `saved` had taken and that change its numbers."""
+    reached = [options]
+    for each in reached:  # which grows meanwhile
+        for following in measures(each, world):
+            others = {name: getattr(options, name) for name in following.as_dict() if name not in NUMBERS}
+            if following == replace(following, **others) and following not in reached:
+                reached.append(following)
+    wanted = _numbers(saved)
+    return max(reached, key=lambda each: sum(map(eq, _numbers(each.as_dict()), wanted)))
+
+
+def _numbers(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of NUMBERS, a batch and its passes as one of them."""
+    batch_size, accumulation, *others = (options.get(name) for name in NUMBERS)
+    return (batch_size, accumulation), *others
 
 
 def _total(counter: Counter, world: int, options: TrainingOptions) -> float:

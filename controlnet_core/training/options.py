@@ -213,6 +213,9 @@ STRUCTURE = (
 )
 """What a run keeps from its beginning; the rest may be changed when it is resumed."""
 
+NUMBERS = ("batch_size", "accumulation", "base_weights", "control_weights")
+"""What `fit_memory` may change and by which other numbers are computed: a run that goes on keeps it where it can."""
+
 
 def from_dict(values: Mapping[str, Any]) -> TrainingOptions:
     """Options from names and values; raises OptionsError naming one that does not exist, and the nearest that does."""

@@ -106,7 +106,7 @@ class InParts(torch.optim.Optimizer):
         if self.in_ram and p.device.type != "cpu":
             for key, value in _large(self.state.get(p, {})):
                 if (p, key) not in self._kept:
-                    self._kept[p, key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=p.is_cuda)
+                    self._kept[p, key] = torch.empty_like(value, device="cpu", pin_memory=p.is_cuda)
                 self.state[p][key] = self._kept[p, key].copy_(value, non_blocking=True)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.dataset import to_device
+from ..data.dataset import in_unit, to_device
 from ..diffusion import add_noise
 from . import objective, optimizer
 from .distributed import Process
@@ -180,7 +180,7 @@ def pass_loss(network: nn.Module, inputs: Inputs, alphas: Tensor, options: Train
     """The loss of one pass of a `ControlledUNet` (paper, equation 3)."""
     noisy = add_noise(inputs.latents, inputs.noise, inputs.timesteps, alphas)
     with options.autocast(alphas.device):
-        predicted = network(noisy, inputs.timesteps, inputs.context, inputs.hints, inputs.y)
+        predicted = network(noisy, inputs.timesteps, inputs.context, in_unit(inputs.hint_bytes), inputs.y)
     target = objective.target(options.prediction, inputs.latents, inputs.noise, inputs.timesteps, alphas)
     weights = objective.weights(options, inputs.timesteps, alphas)
     return objective.loss(predicted, target, weights, options.huber)

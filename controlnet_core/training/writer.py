@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.dataset import Dataset
 from ..files.loading import read_weights
 from ..files.saving import SaveError
 from ..keys import State, Weights
-from . import checkpoint
+from . import checkpoint, pictures
 from .controlled_unet import ControlledUNet
 from .distributed import ALONE, Process
+from .memory import state_bytes
 from .options import PRECISIONS, TrainingOptions
 from .state import TrainingState
 
@@ -49,12 +51,14 @@ class Writer:
         self,
         folder: Path,
         controlled: ControlledUNet,
+        dataset: Dataset,
         options: TrainingOptions,
         facts: Mapping[str, Any],
         process: Process = ALONE,
     ):
         """`facts` say of which training it is; of several processes the first one writes."""
-        self._folder, self._controlled, self._options, self._facts = folder, controlled, options, facts
+        self._folder, self._controlled, self._dataset = folder, controlled, dataset
+        self._options, self._facts = options, facts
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._going: Future[None] | None = None
         self._writes = process.rank == 0
@@ -105,13 +109,18 @@ class Writer:
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _begin(self, step: int, job: Callable[[], None]) -> None:
-        self.step, self._going = step, self._thread.submit(job)
+        self.step = step
+        try:
+            self._going = self._thread.submit(job)
+        except RuntimeError:  # the interpreter ends, with a training that nobody closed, and no thread begins anything
+            job()
 
     def _write(self, made: checkpoint.Checkpoint, best: bool) -> None:
         result = {**made.part("model."), **made.part("average.")}
         if best:  # first: once the checkpoint is there, this step is not measured again
             self._write_best(result, made.step)
         path = checkpoint.save(self._folder / CHECKPOINTS, made, self._options.keep)
+        pictures.note(self._folder, self._dataset)  # after it: until then the run goes on from what was noted before
         control, unet = self._folder / CONTROLS / path.name, self._folder / CONTROLS / "unet" / path.name
         self._write_result(control, unet, result, made.step)
         for each in (control, unet):
@@ -184,19 +193,22 @@ def next_steps(folder: Path) -> str:
 # -- how much it will be ----------------------------------------------------------------------------------------------
 
 
-def plan(folder: Path, state: TrainingState, options: TrainingOptions) -> str:
+def plan(folder: Path, state: TrainingState, controlled: ControlledUNet, options: TrainingOptions) -> str:
     """How much room the run in `folder` takes at most, and how much it will write until its end, in words.
 
-    Of a run that has no checkpoint yet it is reckoned with two moments in fp32 for each weight: AdamW's.
+    The optimizer's state is that of all weights that are trained, whether they have been stepped yet or not. Where the
+    decoder is trained, each control has the whole UNet beside it.
     """
-    weights = sum(weight.nbytes for weight in state.weights.values())
-    before = checkpoint.files(folder / CHECKPOINTS)
-    each = before[-1].stat().st_size if before else weights * (4 if state.averages else 3)
-    control = weights * PRECISIONS[options.control_dtype].itemsize // 4
+    held = (*state.weights.values(), *state.averages.values())
+    trained = [weight for weight in state.weights.values() if weight.requires_grad]
+    each = sum(tensor.nbytes for tensor in held) + sum(state_bytes(options.optimizer, weight) for weight in trained)
+    written_out = controlled if options.unlock_decoder else controlled.control
+    numbers = sum(p.numel() for p in written_out.parameters())
+    control, last = numbers * PRECISIONS[options.control_dtype].itemsize, numbers * 4
     left = max(0, options.steps - state.step)
     count = math.ceil(left / options.save_every)
-    kept = each * (min(options.keep, count) + 1) + control * (min(options.keep_controls, count) + 1) + weights
-    written = count * (each + control) + weights
+    kept = each * (min(options.keep, count) + 1) + control * (min(options.keep_controls, count) + 1) + last
+    written = count * (each + control) + last
     existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
     free = shutil.disk_usage(existing).free

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...controlnet_core.data.dataset import Dataset
+from ...controlnet_core.data.dataset import Batch, Dataset
 from ...controlnet_core.data.manifest import DatasetError
 from ...controlnet_core.data.writer import SAME_ENCODER, probe_picture, relative_error
 from ...controlnet_core.diffusion import alphas_cumprod
@@ -32,7 +32,7 @@ from ...controlnet_core.training.distributed import Process
 from ...controlnet_core.training.fidelity import structure
 from ...controlnet_core.training.memory import Examples, fitted
 from ...controlnet_core.training.options import OptionsError, TrainingOptions
-from ...controlnet_core.training.writer import BEST, newest_control
+from ...controlnet_core.training.writer import BEST, CHECKPOINTS, newest_control
 from . import files
 from .dataset import PLACE, encoders, folder_of
 from .models import ModelError, unet_config
@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 PUBLISHED = "published.json"
 """In a run's folder: which files in the host's folders are this run's."""
 
+
+MOST_PROMPTS = 16
+"""Of a user's own prompts, those that are sampled: a sheet stays one that can be looked at."""
 
 NEXT = (
     "next: connect control_net to Apply ControlNet, or press r and pick it in Load ControlNet; raise steps to train on"
@@ -77,21 +80,23 @@ def train(
     fidelity: str = "structure",
     node_id: str | None = None,
     control_net: Any = None,
+    validation: Dataset | None = None,
 ) -> Trained:
     """Train a control for the host's MODEL in the folder `name` below the output folder's `zeroconv/training`.
 
     A run of this name that was stopped goes on, and one that has made `options.steps` is given as it is. A new one
-    begins with the CONTROL_NET `control_net`, if there is one. What the model predicts is read from it:
-    `options.prediction` is not looked at. `fidelity` scores samples by "structure", or with the "annotator" that made
-    the dataset's hints. Raises ModelError, DatasetError, SaveError, OptionsError, BaseMismatch, LogError and
-    loop.TrainingStopped; on these and on Cancel all that was trained is kept in the folder, and its control is
-    published.
+    begins with the CONTROL_NET `control_net`, if there is one. Prompts and hints of `validation` are sampled, too. What
+    the model predicts is read from it: `options.prediction` is not looked at. `fidelity` scores samples by "structure",
+    or with the "annotator" that made the dataset's hints. Raises ModelError, DatasetError, SaveError, OptionsError,
+    BaseMismatch, LogError and loop.TrainingStopped; on these and on Cancel all that was trained is kept in the folder,
+    and its control is published.
     """
     parts, folder = place_of(name)
     config = trainable(model)
     alphas, prediction = noise_schedule(model)
     options = replace(options, prediction=prediction)
-    check_dataset(dataset, model, clip, vae)
+    for given in (dataset, *([] if validation is None else [validation])):
+        check_dataset(given, model, clip, vae)
     check_score(folder, fidelity)
     decoder = Decoder(vae, model.model.latent_format)
     score = structure if fidelity == "structure" else annotated(dataset, decoder, node_id)
@@ -103,12 +108,16 @@ def train(
         base = unet_weights(model)
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
         if not done:
-            options, fits = fitted(options, config, Examples.of(dataset), process)
+            saved = checkpoint.options_of(folder / CHECKPOINTS)
+            options, fits = fitted(options, config, Examples.of(dataset), process, saved)
             if fits:
                 log.info(fits)
-        steps = loop.train(options, base, config, alphas, dataset, folder, score, process, begin)
+        own = [] if validation is None else own_prompts(validation)
+        prompts = [batch for _, batch in own]
+        steps = loop.train(options, base, config, alphas, dataset, folder, score, process, begin, prompts)
         del base, begin  # the training lets go of them, too, once it has its own
-        watching = Watch(folder, {**options.as_dict(), "fidelity": fidelity}, dataset, options, decoder, node_id)
+        facts = {**options.as_dict(), "fidelity": fidelity}
+        watching = Watch(folder, facts, dataset, options, decoder, node_id, own)
         if not done:
             try:
                 # Closing the steps keeps what was trained, whatever ends them.
@@ -188,6 +197,13 @@ def check_dataset(dataset: Dataset, model: Any, clip: Any, vae: Any) -> None:
                 f"{dataset.folder} was made with another {name} than the one that is connected: connect the one that "
                 "it was made with, or make a dataset with this one"
             )
+
+
+def own_prompts(validation: Dataset) -> list[tuple[str, Batch]]:
+    """The first `MOST_PROMPTS` pictures of a dataset, each a batch of its own, with its prompt."""
+    plain = [index for index, place in enumerate(validation.places) if place.plain][:MOST_PROMPTS]
+    batches = [validation.read([index]) for index in plain]
+    return [(validation.prompts[int(batch.prompts)], batch) for batch in batches]
 
 
 def check_score(folder: Path, fidelity: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import time
+from collections.abc import Sequence
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -30,6 +32,7 @@ from ...controlnet_core.training.log import Log, LogError, duration
 from ...controlnet_core.training.loop import Progress
 from ...controlnet_core.training.options import TrainingOptions
 from ...controlnet_core.training.plot import plot
+from ...controlnet_core.training.validation import framed
 from ...lab.sheet import contact_sheet
 from .dataset import annotator
 from .progress import bar, say
@@ -96,7 +99,7 @@ class Watch:
     """What the node and the run's folder show of a training; a context manager. `notes` are the training's own.
 
     In the folder: the core's log, `options.json` with `facts`, `plot.png`, and for each measurement a sheet of the
-    held-out pictures, `samples/step-<step>.png`.
+    held-out pictures and of the user's `own`, each with its prompt: `samples/step-<step>.png`.
     """
 
     def __init__(
@@ -107,9 +110,10 @@ class Watch:
         options: TrainingOptions,
         decoder: Decoder,
         node_id: str | None,
+        own: Sequence[tuple[str, Batch]] = (),
     ):
         self._folder, self._facts, self._decoder, self._node_id = folder, facts, decoder, node_id
-        self._dataset = dataset
+        self._dataset, self._own = dataset, own
         self._held: tuple[int, ...] = ()
         self.notes: tuple[str, ...] = ()
         self._move = bar(options.steps, node_id)
@@ -129,8 +133,9 @@ class Watch:
             self._log = self._open(progress.step - 1)
         sheet = None
         self._held, self.notes = progress.held, progress.notes
-        if progress.samples is not None:
-            sheet = self._keep_sheet(progress.step, progress.samples)
+        if progress.samples is not None or progress.prompted:
+            held = [] if progress.samples is None else [progress.samples]
+            sheet = self._keep_sheet(progress.step, [*held, *progress.prompted])
         self._log.add(progress, None if sheet is None else np.asarray(sheet))
         preview = None
         started = time.monotonic()
@@ -162,11 +167,14 @@ class Watch:
         shown.thumbnail((PREVIEW, PREVIEW))
         return shown
 
-    def _keep_sheet(self, step: int, samples: Tensor) -> Image.Image:
-        """The sheet of a measurement, kept as a file: hint, picture, the sample before training and this one."""
-        newest = self._decoder(samples)  # first: the score has decoded it just now
+    def _keep_sheet(self, step: int, samples: Sequence[Tensor]) -> Image.Image:
+        """The sheet of a measurement, kept as a file: hint, picture, the sample before training and this one.
+
+        `samples` are the latents of each of `_shown`.
+        """
+        newest = self._decoded(samples)  # first: the score has decoded it just now
         if step == 0:
-            saving.write(self._first, {"latents": samples}, {"pictures": self._names})
+            saving.write(self._first, dict(zip(self._latents, samples)), {"pictures": self._names})
         columns = {**self._constant, **({f"step {step}": newest} if step > 0 else {})}
         sheet = contact_sheet(columns, self._prompts(len(newest[0]) // LINE_HEIGHT))
         path = self._folder / "samples" / f"step-{step:08d}.png"
@@ -175,22 +183,52 @@ class Watch:
         return sheet
 
     @cached_property
+    def _shown(self) -> list[Batch]:
+        """What a sheet shows: the held-out pictures, then each of the user's own."""
+        return [*([self._dataset.read(self._held)] if self._held else []), *(batch for _, batch in self._own)]
+
+    @property
+    def _latents(self) -> list[str]:
+        """What the first samples of each of them are called in their file; own ones by prompt and hint."""
+        said = (prompt.encode() + batch.hint_bytes.numpy().tobytes() for prompt, batch in self._own)
+        own = (f"own.{blake2b(each, digest_size=8).hexdigest()}" for each in said)
+        return [*(["latents"] if self._held else []), *own]
+
+    @cached_property
     def _constant(self) -> dict[str, np.ndarray]:
         """The columns of a sheet that stay the same."""
-        held = self._dataset.read(self._held)
-        hints = rearrange(held.hints, "b c h w -> b h w c").numpy()
-        columns = {"hint": hints, "picture": self._decoder(held.latents)}
-        if self._first.is_file():
-            first, said = read_weights(self._first)
-            # Where pictures are gone since, these are of others; older files do not say of which.
-            same = said.get("pictures", self._names) == self._names
-            if same and first["latents"].shape == held.latents.shape:
-                columns["before training"] = self._decoder(first["latents"])
+        hints = [rearrange(batch.hints, "b c h w -> b h w c").numpy() for batch in self._shown]
+        columns = {"hint": _in_frame(hints), "picture": self._decoded([batch.latents for batch in self._shown])}
+        before = self._before()
+        if any(latents is not None for latents in before):
+            columns["before training"] = _in_frame(
+                [
+                    np.zeros_like(hint) if latents is None else self._decoder(latents)
+                    for latents, hint in zip(before, hints)
+                ]
+            )
         return columns
 
+    def _before(self) -> list[Tensor | None]:
+        """The first samples of each of `_shown`; None where they were of others."""
+        if not self._first.is_file():
+            return []
+        first, said = read_weights(self._first)
+        # Where pictures are gone since, these are of others; older files do not say of which.
+        same = said.get("pictures", self._names) == self._names
+        found = [first.get(name) if same or name != "latents" else None for name in self._latents]
+        return [
+            latents if latents is not None and latents.shape == batch.latents.shape else None
+            for latents, batch in zip(found, self._shown)
+        ]
+
+    def _decoded(self, latents: Sequence[Tensor]) -> np.ndarray:
+        return _in_frame([self._decoder(each) for each in latents])
+
     def _prompts(self, lines: int) -> list[str]:
-        """What the held-out pictures are sampled with, each in as many lines as there is room for."""
-        prompts = [self._dataset.prompts[number] for number in self._dataset.read(self._held).prompts.tolist()]
+        """What is sampled with, each prompt in as many lines as there is room for."""
+        held = self._dataset.read(self._held).prompts.tolist() if self._held else []
+        prompts = [*(self._dataset.prompts[number] for number in held), *(prompt for prompt, _ in self._own)]
         return ["\n".join(wrap(prompt or "(no prompt)", LETTERS)[: max(1, lines)]) for prompt in prompts]
 
     @property
@@ -201,6 +239,13 @@ class Watch:
     def _first(self) -> Path:
         """The latents of the first samples, so that a run that goes on another day still shows them."""
         return self._folder / "samples" / "first.safetensors"
+
+
+def _in_frame(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures (B,h,w,3) of several sizes as one array, each as large as it fits into the size of the first ones."""
+    tensors = [rearrange(torch.from_numpy(each), "b h w c -> b c h w") for each in pictures]
+    height, width = tensors[0].shape[-2:]
+    return rearrange(torch.cat([framed(each, height, width) for each in tensors]), "b c h w -> b h w c").numpy()
 
 
 # -- what is left of a run ---------------------------------------------------------------------------------------------

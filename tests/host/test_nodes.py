@@ -136,7 +136,7 @@ CONTRACT = {
         [
             *("model", "clip", "vae", "dataset", "name", "steps", "batch_size", "accumulation", "learning_rate"),
             *("warmup", "schedule", "kind", "precision", "gradient_checkpointing", "sample_every", "held_out"),
-            *("save_every", "seed", "fidelity", "options", "control_net"),
+            *("save_every", "seed", "fidelity", "options", "control_net", "validation"),
         ],
         ["control_net", "plot", "samples", "control_net_name"],
     ),

@@ -109,7 +109,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         said.append(found.says)
         return found
 
-    monkeypatch.setattr(training, "train", heard)
+    monkeypatch.setattr(training, "train", heard)  # the node imports it when it runs
     return said
 
 
@@ -610,6 +610,25 @@ def test_the_node_shows_plot_and_samples_while_it_runs(run: Run, monkeypatch: py
     assert kind == "JPEG"
     assert drawn.width <= 1280
     assert said[-1].startswith("step 4/4 | loss ")
+
+
+def test_prompts_of_ones_own_stand_below_the_held_out_pictures(
+    run: Run, encoders: dict[str, Any], output: Path, tmp_path: Path
+):
+    own = cached(tmp_path / "own", **encoders, count=2)
+    *_, plain, _ = run(name="plain", steps=2)
+    run(steps=2)
+    *_, sheet, _ = run(steps=4, validation=own)  # connected later: what was before training is not known of them
+    assert losses(output / "plain") == losses(output / "mine")[:2]
+    assert sheet.shape[2] == plain.shape[2]
+    assert sheet.shape[1] - plain.shape[1] == 2 * (SIZE + 4)
+    left, top = plain.shape[2] - 4 * (SIZE + 4), plain.shape[1] - 4
+    rows = sheet[0, top : top + SIZE, left:]
+    hint, drawn, before, now = (rows[:, i * (SIZE + 4) : i * (SIZE + 4) + SIZE] for i in range(4))
+    torch.testing.assert_close(hint, own.read([0]).hints[0].movedim(0, -1), rtol=0, atol=0.5 / 255 + 1e-6)
+    assert not before.any() and drawn.any() and now.any()
+    *_, sheet, _ = run(name="from the beginning", validation=own)
+    assert sheet[0, top : top + SIZE, left + 2 * (SIZE + 4) :][:, :SIZE].any()
 
 
 def test_without_samples_there_is_a_plot_alone(run: Run, output: Path):

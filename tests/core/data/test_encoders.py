@@ -86,6 +86,15 @@ def test_a_long_prompt_is_encoded_piece_by_piece(tmp_path: Path):
     assert found.prompt("")[0].shape == (10, 16)
 
 
+def test_prompts_can_be_encoded_without_a_vae(tmp_path: Path):
+    base = write_model(tmp_path, texts=2)
+    expected = encoders.read(base).prompt("a cat")
+    shutil.rmtree(base / "vae")
+    found = encoders.read_prompts(base)("a cat")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def test_a_folder_of_two_text_encoders_gives_sdxls_context(tmp_path: Path):
     import transformers
 
@@ -132,16 +141,24 @@ def test_a_lora_is_merged_into_the_text_encoder(tmp_path: Path, texts: int, pref
     assert not torch.allclose(found.prompt("a cat")[0], plain.prompt("a cat")[0], atol=1e-4)
 
 
-def test_a_decoder_makes_pictures_of_what_the_unet_sees(tmp_path: Path):
+def test_a_decoder_makes_pictures_of_what_the_unet_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae: Any = AutoencoderKL.from_pretrained(write_model(tmp_path) / "vae")
     latents = torch.randn(2, 4, 4, 6)
     with torch.no_grad():
         expected = (vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
+    decode, seen = AutoencoderKL.decode, []
+
+    def spy(self: Any, latents: torch.Tensor) -> Any:
+        seen.append(len(latents))
+        return decode(self, latents)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", spy)
     found = encoders.decoder(tmp_path, False, torch.device("cpu"))(latents)
     assert found.shape == (2, 3, 32, 48)
     torch.testing.assert_close(found, expected)
+    assert seen == [1, 1]  # one after the other, so that many take no more memory than one
 
 
 # -- what cannot be had ------------------------------------------------------------------------------------------------

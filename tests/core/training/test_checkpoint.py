@@ -95,6 +95,15 @@ def test_nothing_stays_mapped_of_the_checkpoint_that_a_training_goes_on_from(dat
     assert str(tmp_path / "checkpoints") not in mapped
 
 
+def test_the_options_of_the_newest_are_in_its_header(data: Dataset, tmp_path: Path):
+    assert checkpoint.options_of(tmp_path / "checkpoints") is None
+    fit(quick(steps=2), data, tmp_path)
+    assert checkpoint.options_of(tmp_path / "checkpoints") == quick(steps=2).as_dict()
+    for step, damage in ((8, b""), (9, b"\x02\0\0\0\0\0\0\0{}")):
+        (tmp_path / "checkpoints" / f"step-{step:08d}.safetensors").write_bytes(damage)
+    assert checkpoint.options_of(tmp_path / "checkpoints") == quick(steps=2).as_dict()
+
+
 def test_no_checkpoint_is_none(tmp_path: Path):
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "nowhere") is None

@@ -294,6 +294,25 @@ def test_samples_are_shown_by_a_vae_that_is_given(folder: Path, tmp_path: Path, 
     assert "none: there is no such file: give a checkpoint, or a folder in diffusers' layout" in capsys.readouterr().err
 
 
+def test_where_memory_does_not_suffice_for_the_vae_small_colours_are_shown(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    asked = []
+
+    def full(latents: torch.Tensor) -> torch.Tensor:
+        asked.append(latents.shape)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(command, "decoder", lambda *_: full)
+    file = str(write_config(tmp_path, folder / "data", steps=2, sample_every=1))
+    assert command.main([file, "--vae", "any"]) == 0
+    assert command.main([file, "--output", str(tmp_path / "without")]) == 0
+    assert len(asked) == 1
+    assert caplog.text.count("out of memory for the VAE: samples are shown in the small colours") == 1
+    sheets = [tmp_path / run / "samples" / "step-00000002.png" for run in ("run", "without")]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
 def test_no_file_and_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert command.main([]) == 1
     assert "no file was given: --defaults prints one to begin with" in capsys.readouterr().err

@@ -174,6 +174,23 @@ def test_out_of_memory_while_the_base_is_sampled(data: Dataset, tmp_path: Path, 
         fit(quick(sample_every=1), data, tmp_path)
 
 
+def test_out_of_memory_while_pictures_are_sampled_keeps_the_step(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    full = raising(torch.OutOfMemoryError("CUDA out of memory"))
+    steps = training(quick(steps=9, sample_every=3, save_every=9), data, tmp_path)
+    next(steps)
+    monkeypatch.setattr(ControlledUNet, "predict", at_call(ControlledUNet.predict, 4, full))
+    with pytest.raises(TrainingStopped) as stopped:
+        list(steps)
+    assert str(stopped.value) == (
+        "out of memory while pictures were sampled after step 3. step-00000003.safetensors is kept, and "
+        "training goes on from it. Set held_out 1 in a new run, or sample_every 0 and resume."
+    )
+    monkeypatch.undo()
+    assert [progress.step for progress in fit(quick(steps=5), data, tmp_path)] == [4, 5]
+
+
 def test_networks_that_do_not_fit(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nn.Module, "to", raising(torch.OutOfMemoryError("CUDA out of memory")))
     monkeypatch.setattr("zeroconv.controlnet_core.training.loop.build", lambda *_: nn.Linear(1, 1))
@@ -189,13 +206,25 @@ def test_other_errors_are_not_taken_for_memory(data: Dataset, tmp_path: Path, mo
 
 def test_advice_is_the_mildest_that_is_left():
     assert advice(quick(batch_size=6, accumulation=2)).startswith("Set batch_size 3 and accumulation 4")
-    one = {"batch_size": 1}
+    one: dict[str, Any] = {"batch_size": 1}
     assert advice(quick(batch_size=9, accumulation=2)).startswith("Set batch_size 3 and accumulation 6")
     assert advice(quick(batch_size=3)).startswith("Set batch_size 1 and accumulation 3")
     assert advice(quick(**one)) == "Turn gradient_checkpointing on and resume."
-    assert "adamw8bit in a new run, or kind control_lora" in advice(quick(**one, gradient_checkpointing=True))
-    last = advice(quick(**one, gradient_checkpointing=True, optimizer="adamw8bit"))
+    one |= {"gradient_checkpointing": True}
+    assert "adamw8bit and resume, or kind control_lora in a new run" in advice(quick(**one))
+    last = advice(quick(**one, optimizer="adamw8bit"))
     assert last == "Choose kind control_lora, or a dataset of a lower resolution."
+
+
+def test_advice_leaves_each_process_an_example():
+    assert advice(quick(batch_size=8), world=2).startswith("Set batch_size 4 and accumulation 2")
+    assert advice(quick(batch_size=6), world=2).startswith("Set batch_size 2 and accumulation 3")
+    assert advice(quick(batch_size=2), world=2) == "Turn gradient_checkpointing on and resume."
+
+
+def test_advice_where_pictures_are_sampled():
+    assert advice(quick(held_out=4), sampling=True) == "Set held_out 2 in a new run, or sample_every 0 and resume."
+    assert advice(quick(held_out=1), sampling=True) == "Set sample_every 0 and resume."
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

@@ -217,6 +217,45 @@ def test_processes_take_what_the_fullest_card_has(small_card: Any, monkeypatch: 
     assert "That is still too much" in said
 
 
+AS_BEFORE: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ({"batch_size": 4}, {"batch_size": 2, "accumulation": 2}, {"batch_size": 2, "accumulation": 2}),
+    ({"batch_size": 4}, {"batch_size": 2, "accumulation": 1}, {}),  # another batch: asked for
+    ({"batch_size": 2, "accumulation": 2}, {"batch_size": 4}, {}),
+    ({}, {"base_weights": "fp8", "control_weights": "bf16"}, {"base_weights": "fp8", "control_weights": "bf16"}),
+    ({"precision": "fp32"}, {"base_weights": "fp8", "control_weights": "bf16"}, {"base_weights": "fp8"}),
+    ({"base_weights": "fp8"}, {}, {}),
+    ({}, {"gradient_checkpointing": True, "optimizer_in_ram": True}, {}),  # the same numbers, and a slower step
+    ({"batch_size": 4, "fit_memory": "propose"}, {"batch_size": 2, "accumulation": 2}, {}),
+]
+
+
+@pytest.mark.parametrize(("asked", "saved", "kept"), AS_BEFORE)
+def test_a_run_that_goes_on_keeps_its_numbers(
+    small_card: Any, asked: dict[str, Any], saved: dict[str, Any], kept: dict[str, Any]
+):
+    small_card(8 * memory.GB)
+    plain = {"precision": "bf16", "recompute": "off"}
+    options = quick(**{**plain, **asked})
+    found, said = fitted(options, CONFIG, EXAMPLES, saved=quick(**{**plain, **saved}).as_dict())
+    assert found == replace(options, **kept)
+    assert ("as before (fit_memory off takes what is asked): this training needs about" in said) == bool(kept)
+
+
+def test_where_its_numbers_no_longer_fit_a_run_takes_more(small_card: Any):
+    options = quick(precision="bf16", batch_size=4, recompute="off")
+    before = replace(options, batch_size=2, accumulation=2)
+    small_card(Counter(CONFIG, EXAMPLES).needs(replace(before, recompute="on")).total)
+    found, said = fitted(options, CONFIG, EXAMPLES, saved=before.as_dict())
+    assert found == replace(before, recompute="on")
+    assert said.startswith("batch_size 2, accumulation 2 as before")
+    assert ": it is trained with recompute on, with which it needs" in said
+
+
+def test_checkpoints_of_before_these_options_are_read(small_card: Any):
+    small_card(8 * memory.GB)
+    assert fitted(quick(recompute="off"), CONFIG, EXAMPLES, saved={"batch_size": 2})[0] == quick(recompute="off")
+
+
 @pytest.mark.slow
 def test_sd15_on_a_card_of_8_gb(monkeypatch: pytest.MonkeyPatch):
     """Of which the desktop leaves 7.4; with the node's defaults."""

@@ -78,7 +78,7 @@ class Data:
         for index in indices:
             random = torch.Generator().manual_seed(index)
             latents = torch.randn(4, SIDE, SIDE, generator=random)
-            hints = torch.rand(3, 8 * SIDE, 8 * SIDE, generator=random)
+            hints = torch.randint(0, 256, (3, 8 * SIDE, 8 * SIDE), dtype=torch.uint8, generator=random)
             sizes = torch.tensor([512 + 64 * index, 640, 4 * index, 0, 512, 512], dtype=torch.int32)
             items.append((latents, hints, sizes, *self._text(1 + index)))
         latents, hints, sizes, context, pooled = zip(*items)
@@ -88,7 +88,7 @@ class Data:
             context=torch.stack(context),
             pooled=torch.stack(pooled) if sdxl else None,
             sizes=torch.stack(sizes) if sdxl else None,
-            hints=torch.stack(hints),
+            hint_bytes=torch.stack(hints),
             prompts=1 + torch.tensor(indices),
         )
 

@@ -13,6 +13,7 @@ from zeroconv.controlnet_core.data.caching import CachingOptions, make
 from zeroconv.controlnet_core.data.dataset import Batch, Dataset
 from zeroconv.controlnet_core.data.sources import Item
 from zeroconv.controlnet_core.training import checkpoint, pictures
+from zeroconv.controlnet_core.training.step import Steps
 
 from .tiny import encode_picture, encode_prompt, fit, losses, quick
 
@@ -60,6 +61,22 @@ def test_the_run_goes_on_and_says_what_changed(
     caplog.clear()
     assert fit(quick(steps=6), other, tmp_path / "run")[-1].notes == ()
     assert "has changed" not in caplog.text
+
+
+def test_what_changed_is_said_until_a_checkpoint_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fit(quick(steps=3), dataset(tmp_path / "data", range(12)), tmp_path / "run")
+    bigger = dataset(tmp_path / "data", range(14))
+
+    def killed(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(Steps, "take", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(quick(steps=5), bigger, tmp_path / "run")
+    monkeypatch.undo()
+    (note,) = fit(quick(steps=5), bigger, tmp_path / "run")[-1].notes
+    assert "pictures: 2 added" in note
+    assert fit(quick(steps=6), bigger, tmp_path / "run")[-1].notes == ()
 
 
 def test_the_same_pictures_are_watched_and_none_of_them_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -50,6 +50,36 @@ def test_it_comes_back_from_a_file(tmp_path: Path):
     assert first.weights["1.num_batches_tracked"].item() == first.averages["1.num_batches_tracked"].item() == 2
 
 
+def convolution(layout: torch.memory_format) -> TrainingState:
+    """Of a convolution whose weights lie in this layout, stepped by the fused AdamW."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Conv2d(4, 8, 3).to(memory_format=layout)  # type: ignore[call-overload]
+    return TrainingState(
+        dict(network.named_parameters()), torch.optim.AdamW(network.parameters(), lr=0.1, fused=True), decay=0.9
+    )
+
+
+def test_it_comes_back_in_any_layout(tmp_path: Path):
+    first, again, plain = map(convolution, (torch.channels_last, torch.channels_last, torch.contiguous_format))
+
+    def stepped(state: TrainingState) -> TrainingState:
+        for parameter in state.weights.values():
+            parameter.grad = parameter.detach() + 1
+        state.advance()
+        return state
+
+    checkpoint.save(tmp_path, stepped(first).to_checkpoint({}), keep=1)
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None
+    again.restore(saved)
+    for parameter, kept in again.optimizer.state.items():
+        assert kept["exp_avg"].stride() == kept["exp_avg_sq"].stride() == parameter.stride()
+    assert equal(stepped(first).weights, stepped(again).weights)
+    assert equal(stepped(stepped(plain)).weights, first.weights)
+    assert equal(plain.averages, first.averages)
+
+
 def test_averages_that_are_new_begin_at_the_weights_of_the_checkpoint():
     first, again = state(1), state(2, decay=0.9)
     step(first)

@@ -214,7 +214,7 @@ def test_what_is_read_ahead_is_what_is_asked_for(data: Dataset):
     with closing(Ahead(plain, 9)) as ahead:
         for k in (0, 1, 2, 5, 6, 3, 8, 0):
             found, expected = ahead[k], plain[k]
-            for name in ("latents", "noise", "timesteps", "context", "hints"):
+            for name in ("latents", "noise", "timesteps", "context", "hint_bytes"):
                 assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
@@ -262,3 +262,16 @@ def test_on_cuda(data: Dataset, tmp_path: Path, variant: str):
         losses(fit(quick(**options, graphs=on), data, tmp_path / str(on), process=process)) for on in (False, True)
     )
     assert found == pytest.approx(eager, rel=2e-2 if variant == "bf16" else 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"optimizer_in_ram": True}])
+def test_on_cuda_a_stopped_run_goes_on(data: Dataset, tmp_path: Path, options: dict[str, Any]):
+    """Weights lie in channels_last there, and what is read back must lie as they do."""
+    process = type(ALONE)(device=torch.device("cuda", 0))
+    options = {"steps": 8, "graphs": True, "ema": 0.9, **options}
+    whole = losses(fit(quick(**options), data, tmp_path / "whole", process=process))
+    with closing(training(quick(**options), data, tmp_path / "parts", process=process)) as running:
+        first = [next(running).loss for _ in range(5)]
+    rest = losses(fit(quick(**options), data, tmp_path / "parts", process=process))
+    assert first[1:] + rest == pytest.approx(whole, rel=1e-3)

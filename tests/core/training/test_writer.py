@@ -205,6 +205,29 @@ def test_how_much_it_will_be_is_said_before(
     assert "That is not enough: make room, or lower keep and keep_controls, or raise save_every" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16", "control_weights": "bf16", "ema": 0.9},
+        {"optimizer": "adafactor"},
+        {"unlock_decoder": True, "decoder_learning_rate": 1e-4, "ema": 0.9},
+        {"kind": "control_lora", "rank": 4, "control_dtype": "fp32"},
+        {"middle_only": True},
+    ],
+)
+def test_what_is_said_is_what_is_written(
+    data: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+):
+    with caplog.at_level("INFO"):
+        fit(quick(steps=2, **options), data, tmp_path)
+    (said,) = [record.message for record in caplog.records if "will take up to" in record.message]
+    sizes = [float(number) for number in re.findall(r"([\d.]+) MiB", said)]
+    (kept,) = (tmp_path / "checkpoints").glob("*.safetensors")
+    controls = (tmp_path / "controls").rglob("*.safetensors")
+    found = [kept.stat().st_size / 2**20, sum(path.stat().st_size for path in controls) / 2**20]
+    assert sizes[1:3] == pytest.approx(found, rel=0.05, abs=0.1)
+
+
 def test_the_last_control_is_the_averages_of_weights_in_bf16(data: Dataset, tmp_path: Path):
     options = quick(precision="bf16", control_weights="bf16", ema=0.9, control_dtype="fp32")
     fit(options, data, tmp_path)
@@ -229,6 +252,17 @@ def test_closing_writes_the_step_of_now_whatever_became_of_the_last(
         while next(running).step < 3:
             pass
     assert names(tmp_path / "checkpoints") == ["step-00000003.safetensors"]
+
+
+def test_what_nobody_closed_is_kept_when_the_interpreter_ends(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    running = training(quick(steps=9, save_every=9), data, tmp_path)
+    while next(running).step < 3:
+        pass
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)  # as the end of the main thread leaves it
+    running.close()  # as the end of the generator does
+    assert names(tmp_path / "checkpoints") == names(tmp_path / "controls") == ["step-00000003.safetensors"]
 
 
 def test_a_best_control_that_cannot_be_written_ends_nothing(
