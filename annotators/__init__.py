@@ -131,6 +131,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("segments:segments_sam2", "points", "confidence", "colours", "seed"),
     ("segments:mask_sam2",),
     ("inpaint:inpaint_lama", "detail"),
+    ("depth:depth_moge", "range", "farthest"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 
@@ -144,7 +145,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("mlsd", "hough_lines", "lsd", "lineart_realistic", "lineart_coarse", "lineart_anime", "lineart_standard"),
         *("cartoon_lines", "scribble_hed", "scribble_xdog", "scribble", "invert", "threshold"),
     ),
-    "depth": ("depth_anything", "depth_small", "depth_large", "depth_zoe"),
+    "depth": ("depth_anything", "depth_moge", "depth_small", "depth_large", "depth_zoe"),
     "pose": ("human_pose", "dwpose", "pose"),
     "segments": ("segments_ade20k", "segments_coco", "segments_sam2", "mask_sam2", "superpixels"),
     "normals": ("normal_moge", "normal_midas", "normal_from_depth"),

@@ -19,7 +19,7 @@ SCORES: dict[str, tuple[str, ...]] = {
         "canny", "hough_lines", "lsd", "hed", "mlsd", "scribble_xdog", "scribble_hed", "lineart_standard",
         "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime", "teed",
     ),
-    "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe"),
+    "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe", "depth_moge"),
     "normals": ("normal_midas", "normal_moge"),
     "segments": ("segments_ade20k", "segments_coco", "threshold"),
     "pose": ("human_pose", "dwpose"),

@@ -113,6 +113,7 @@ CONTRACT = {
             *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
             *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
             "inpaint_lama_detail",
+            *("depth_moge_range", "depth_moge_farthest"),
             *("mask", "pose_keypoints", "latent"),
         ],
         ["hint", "pose_keypoints"],
