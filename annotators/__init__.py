@@ -132,6 +132,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("segments:mask_sam2",),
     ("inpaint:inpaint_lama", "detail"),
     ("depth:depth_moge", "range", "farthest"),
+    ("hed:anyline", "smallest"),
+    ("lineart:lineart_manga",),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 
@@ -142,8 +144,17 @@ away. A new annotator is a new line at the end, and so is a new parameter of an 
 GROUPS: dict[str, tuple[str, ...]] = {
     "edges": ("canny", "hed", "teed"),
     "lines": (
-        *("mlsd", "hough_lines", "lsd", "lineart_realistic", "lineart_coarse", "lineart_anime", "lineart_standard"),
-        *("cartoon_lines", "scribble_hed", "scribble_xdog", "scribble", "invert", "threshold"),
+        *("mlsd", "hough_lines", "lsd", "lineart_realistic", "lineart_coarse", "lineart_anime", "lineart_manga"),
+        *(
+            "lineart_standard",
+            "anyline",
+            "cartoon_lines",
+            "scribble_hed",
+            "scribble_xdog",
+            "scribble",
+            "invert",
+            "threshold",
+        ),
     ),
     "depth": ("depth_anything", "depth_moge", "depth_small", "depth_large", "depth_zoe"),
     "pose": ("human_pose", "dwpose", "pose"),

@@ -18,6 +18,7 @@ SCORES: dict[str, tuple[str, ...]] = {
     "edges": (
         "canny", "hough_lines", "lsd", "hed", "mlsd", "scribble_xdog", "scribble_hed", "lineart_standard",
         "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime", "teed",
+        "anyline", "lineart_manga",
     ),
     "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe", "depth_moge"),
     "normals": ("normal_midas", "normal_moge"),

@@ -118,6 +118,19 @@ NETWORKS: tuple[Network, ...] = (
         (File("fal/teed", "5_model.pth", 248_000),),
         "MIT (xavysp/TEED)",
     ),
+    # Published as MIT with the code, and beside MistoLine (OpenRAIL++); what it was trained on is not said.
+    Network(
+        "mteed",
+        "teed:build",
+        (File("TheMistoAI/MistoLine", "Anyline/MTEED.pth", 248_298),),
+        "MIT (TheMistoAI/ComfyUI-Anyline)",
+    ),
+    Network(
+        "lineart_manga",
+        "manga:build",
+        _annotators("erika.pth", 172_789_563, "badbd6baf013cefbd98993307b02cc14a26c770d067416e4fdecc8720b88feeb"),
+        "MIT (ljsabc/MangaLineExtraction_PyTorch)",
+    ),
     # -- depth, normals and segments ---------------------------------------------------------------------------------
     Network(
         "dpt_large",

@@ -60,6 +60,19 @@ def anime(folder: Path) -> None:
     torch.save({f"module.{key}": window(shape) for key, shape in shapes.items()}, folder / "netG.pth")
 
 
+def manga(folder: Path) -> None:
+    """erika.pth with its published keys and shapes, 173 MB: windows of short rows of numbers that are spread alike."""
+    numbers, rows = torch.randn(80_000, generator=torch.Generator().manual_seed(0)), {}
+
+    def window(weight: torch.Tensor) -> torch.Tensor:
+        if weight.numel() < 1000:
+            return weight
+        spread = float(f"{float(weight.std()):.1e}")
+        return rows.setdefault(spread, numbers * spread).as_strided(weight.shape, (41, 61, 4, 1))
+
+    torch.save({key: window(weight) for key, weight in weights.manga().items()}, folder / "erika.pth")
+
+
 def moge_with_normals(folder: Path) -> None:
     said = settings(64, [0, 1], 60)
     network = moge.MoGe(said, 64, 2)
@@ -84,7 +97,9 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "lineart_realistic": lambda folder: weights.write(folder, ["sk_model.pth"]),
     "lineart_coarse": lambda folder: weights.write(folder, ["sk_model2.pth"]),
     "lineart_anime": anime,
+    "lineart_manga": manga,
     "teed": lambda folder: weights.write(folder, ["5_model.pth"]),
+    "mteed": lambda folder: weights.write(folder, ["Anyline/MTEED.pth"]),
     "dpt_large": lambda folder: tiny.dpt(folder, hybrid=False),
     "dpt_hybrid": lambda folder: tiny.dpt(folder, hybrid=True),
     "depth_anything_v2_small": tiny.depth_anything,
