@@ -94,7 +94,9 @@ def _bounded(
     bounds = None
     if range == "batch":
         depths = list(depths)
-        bounds = np.percentile(np.concatenate([one.ravel() for one in depths]), percentiles)
+        # Of each picture other places, and of all as many as one has: a video is large.
+        some = [one.ravel()[i :: len(depths)] for i, one in enumerate(depths)]
+        bounds = np.percentile(np.concatenate(some), percentiles)
     for depth in depths:
         least, greatest = np.percentile(depth, percentiles) if bounds is None else bounds
         yield depth, float(least), float(greatest)

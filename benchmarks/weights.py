@@ -1,7 +1,7 @@
 """Seeded random weights of the published networks, as files with the published names, keys and precision.
 
-They come out of controlnet-aux's networks, which load the published files strictly: what loads these loads those. It has
-no MangaLines: that one is ours, whose keys and shapes are its authors' (tests/annotators/test_manga.py).
+They come out of controlnet-aux's networks, which load the published files strictly: what loads these loads those. It
+has no MangaLines: that one is ours, whose keys and shapes are its authors' (tests/annotators/test_manga.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TEED against controlnet-aux on seeded random weights, layer by layer and as a hint, and AnyLine, which begins with it."""
+"""TEED against controlnet-aux on seeded random weights, layer by layer and as a hint, and AnyLine upon it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_it_is_the_size_of_the_published_file_and_free_to_use():
 
 @pytest.mark.parametrize("size", [(512, 512), (256, 384)])
 def test_anyline_is_the_published_mixture_of_controlnet_auxs_parts(size: tuple[int, int], tmp_path: Path):
-    """As TheMistoAI/ComfyUI-Anyline mixes them, in 0..1: controlnet-aux's own AnyLine does so in bytes, which overflow."""
+    """As TheMistoAI/ComfyUI-Anyline mixes them, in 0..1: controlnet-aux's own does so in bytes, which overflow."""
     from controlnet_aux import LineartStandardDetector, TEEDdetector
     from skimage.morphology import remove_small_objects
 
