@@ -73,6 +73,10 @@ def _annotators(name: str, size: int, sha256: str) -> tuple[File]:
     return (File("lllyasviel/Annotators", name, size, sha256),)
 
 
+def _marigold(name: str, size: int) -> File:
+    return File("prs-eth/marigold-normals-v1-1", name, size)
+
+
 NETWORKS: tuple[Network, ...] = (
     # -- edges, lines and drawings -----------------------------------------------------------------------------------
     # lllyasviel/Annotators names no licence for all its files: each has that of the project that it comes from.
@@ -193,6 +197,22 @@ NETWORKS: tuple[Network, ...] = (
             ),
         ),
         "MIT (microsoft/MoGe)",
+    ),
+    # As of Stable Diffusion 2, which it began as: free for any use that the licence does not name as harmful.
+    Network(
+        "marigold_normals",
+        "marigold:build",
+        (
+            _marigold("model_index.json", 1_000),
+            _marigold("scheduler/scheduler_config.json", 700),
+            _marigold("text_encoder/config.json", 700),
+            _marigold("text_encoder/model.fp16.safetensors", 681_000_000),
+            _marigold("vae/config.json", 900),
+            _marigold("vae/diffusion_pytorch_model.fp16.safetensors", 167_000_000),
+            _marigold("unet/config.json", 2_000),
+            _marigold("unet/diffusion_pytorch_model.fp16.safetensors", 1_730_000_000),
+        ),
+        "OpenRAIL++-M (prs-eth/Marigold)",
     ),
     Network(
         "oneformer_ade20k",

@@ -105,6 +105,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "depth_anything_v2_small": tiny.depth_anything,
     "zoedepth": tiny.zoe,
     "moge2_small": moge_with_normals,
+    "marigold_normals": tiny.marigold,
     "oneformer_ade20k": lambda folder: tiny.oneformer(folder, 150),
     "oneformer_coco": oneformer_coco,
     "sam2_tiny": tiny.sam2,
