@@ -32,7 +32,7 @@ from zeroconv.benchmarks import weights
 from ..annotators import pretrained_tiny as tiny
 from ..annotators import scripted_tiny
 from ..annotators.loopback_hub import LoopbackHub, loopback_hub, set_offline
-from ..annotators.test_moge import settings
+from ..annotators.test_moge import fill, settings
 
 LEARNED = [annotator for annotator in ANNOTATORS if annotator.networks]
 HINT = (1, 64, 85, 3)
@@ -76,10 +76,7 @@ def manga(folder: Path) -> None:
 def moge_with_normals(folder: Path) -> None:
     said = settings(64, [0, 1], 60)
     network = moge.MoGe(said, 64, 2)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.normal_(0, 1.4 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.2, generator=generator)
+    fill(network)
     torch.save({"model_config": said, "model": network.state_dict()}, folder / "model.pt")
 
 
