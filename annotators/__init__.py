@@ -135,6 +135,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("hed:anyline", "smallest"),
     ("lineart:lineart_manga",),
     ("normals:normal_marigold", "seed"),
+    ("depth:depth_anything_3", "range"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 
@@ -157,7 +158,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "threshold",
         ),
     ),
-    "depth": ("depth_anything", "depth_moge", "depth_small", "depth_large", "depth_zoe"),
+    "depth": ("depth_anything", "depth_anything_3", "depth_moge", "depth_small", "depth_large", "depth_zoe"),
     "pose": ("human_pose", "dwpose", "pose"),
     "segments": ("segments_ade20k", "segments_coco", "segments_sam2", "mask_sam2", "superpixels"),
     "normals": ("normal_moge", "normal_marigold", "normal_midas", "normal_from_depth"),

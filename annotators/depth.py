@@ -1,4 +1,4 @@
-"""Depth, near is white, by MiDaS (DPT), Depth Anything V2, ZoeDepth and MoGe-2."""
+"""Depth, near is white, by MiDaS (DPT), Depth Anything V2 and 3, ZoeDepth and MoGe-2."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from .images import grey
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from torch import nn
     from transformers import DepthAnythingForDepthEstimation, DPTForDepthEstimation, ZoeDepthForDepthEstimation
 
     from .networks.moge import MoGe
 
 ZOE_PERCENTILES = (2, 85)
-MOGE_PERCENTILES = (0, 99)
+INVERSE_PERCENTILES = (0, 99)
 """A hand before the lens would leave no grey to all else."""
 FARTHEST = 1000.0
 """Metres; farther things are as far as the sky."""
@@ -42,6 +43,13 @@ def depth_zoe(network: ZoeDepthForDepthEstimation, image: np.ndarray) -> np.ndar
     from .networks.depth import zoe
 
     return zoe(network, image)
+
+
+def depth_anything_3(network: nn.Module, image: np.ndarray) -> np.ndarray:
+    """Depth Anything 3's inverse depth (B,H,W) float32, larger is nearer, of pictures (B,H,W,3), or of one."""
+    from .networks.depth_anything_3 import inverse_depth
+
+    return inverse_depth(network, image)
 
 
 def depth_moge(network: MoGe, image: np.ndarray) -> np.ndarray:
@@ -75,16 +83,24 @@ def metric_hints(depths: Iterable[np.ndarray], range: str = "picture") -> Iterat
         yield grey(1 - stretched(depth, near, far) if far > near else np.zeros_like(depth))
 
 
-def moge_hints(depths: Iterable[np.ndarray], range: str = "picture", farthest: float = 0.0) -> Iterator[np.ndarray]:
-    """Hints (H,W,3) float32 of inverse depths (H,W) in 1 / metres: the farthest black, the nearest hundredth white.
+def inverse_hints(depths: Iterable[np.ndarray], range: str = "picture") -> Iterator[np.ndarray]:
+    """Hints (H,W,3) float32 of inverses of depths (H,W): the farthest black, the nearest hundredth white.
 
-    The nearest and farthest of each picture, or with `range` batch of all. Above 0, `farthest` makes each grey a
-    distance instead, the same in all pictures: white at the camera, black from so many metres on, linear between.
+    The nearest and farthest of each picture, or with `range` batch of all.
+    """
+    yield from (grey(stretched(*bounded)) for bounded in _bounded(depths, range, INVERSE_PERCENTILES))
+
+
+def moge_hints(depths: Iterable[np.ndarray], range: str = "picture", farthest: float = 0.0) -> Iterator[np.ndarray]:
+    """Hints (H,W,3) float32 of inverse depths (H,W) in 1 / metres: as `inverse_hints`, or in metres.
+
+    Above 0, `farthest` makes each grey a distance, the same in all pictures: white at the camera, black from so many
+    metres on, linear between.
     """
     if farthest:
         yield from (grey((1 - 1 / (farthest * depth.clip(1 / FARTHEST))).clip(0)) for depth in depths)
     else:
-        yield from (grey(stretched(*bounded)) for bounded in _bounded(depths, range, MOGE_PERCENTILES))
+        yield from inverse_hints(depths, range)
 
 
 def _bounded(
@@ -123,6 +139,14 @@ RECORDS = (
         networks=("depth_anything_v2_small",),
         batched=True,
         draw=stretched_hints,
+    ),
+    Annotator(
+        "depth_anything_3",
+        depth_anything_3,
+        (_RANGE,),
+        networks=("depth_anything_3_small",),
+        batched=True,
+        draw=inverse_hints,
     ),
     Annotator("depth_zoe", depth_zoe, (_RANGE,), networks=("zoedepth",), draw=metric_hints),
     Annotator(

@@ -20,7 +20,7 @@ SCORES: dict[str, tuple[str, ...]] = {
         "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime", "teed",
         "anyline", "lineart_manga",
     ),
-    "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe", "depth_moge"),
+    "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe", "depth_moge", "depth_anything_3"),
     "normals": ("normal_midas", "normal_moge", "normal_marigold"),
     "segments": ("segments_ade20k", "segments_coco", "threshold"),
     "pose": ("human_pose", "dwpose"),

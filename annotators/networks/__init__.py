@@ -171,6 +171,13 @@ NETWORKS: tuple[Network, ...] = (
         ),
         "Apache-2.0",
     ),
+    # Of Depth Anything 3 the base network has this licence, too; the larger ones of any views are CC-BY-NC-4.0.
+    Network(
+        "depth_anything_3_small",
+        "depth_anything_3:build",
+        (File("depth-anything/DA3-SMALL", "model.safetensors", 137_000_000),),
+        "Apache-2.0",
+    ),
     Network(
         "zoedepth",
         "depth:build_zoe",

@@ -16,117 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..images import AnnotatorError, to_picture
+from .dinov2 import PATCH, DINOv2, view
 from .learned import UNREADABLE
 
-PATCH, PATCHES = 14, 37
-"""DINOv2 sees patches of 14 pixels, and has learned the places of 37x37."""
-HEAD_WIDTH = 64
-POSITION_OFFSET = 0.1
-"""DINOv2 stretches its places by a little more than the patches ask for, and was trained so."""
 LEVELS = 5
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": partial(nn.LeakyReLU, 0.2), "silu": nn.SiLU, "elu": nn.ELU}
 SHIFT_SIDE, SHIFT_TOLERANCE = 64, 1e-3
 """The camera is sought with so many points across and down, until the sum of squares changes by less than this part."""
-
-
-class Attention(nn.Module):
-    """Self-attention of DINOv2."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        query, key, value = rearrange(self.qkv(tokens), "b n (three h c) -> three b h n c", three=3, c=HEAD_WIDTH)
-        found = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(rearrange(found, "b h n c -> b n (h c)"))
-
-
-class MLP(nn.Module):
-    """The two linear layers of a transformer block."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        return self.fc2(F.gelu(self.fc1(tokens)))
-
-
-class LayerScale(nn.Module):
-    """A factor for each channel."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        return tokens * self.gamma
-
-
-class Block(nn.Module):
-    """A transformer block of DINOv2."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), Attention(width), LayerScale(width)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), MLP(width), LayerScale(width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
-        return tokens + self.ls2(self.mlp(self.norm2(tokens)))
-
-
-class PatchEmbed(nn.Module):
-    """Pixels to tokens."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, PATCH, stride=PATCH)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """From (B,3,14h,14w) to (B,h*w,C)."""
-        return rearrange(self.proj(pixels), "b c h w -> b (h w) c")
-
-
-class DINOv2(nn.Module):
-    """The transformer, with the keys of facebookresearch/dinov2."""
-
-    def __init__(self, width: int, depth: int):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + PATCHES**2, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.patch_embed = PatchEmbed(width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """The normed tokens (B,1+h*w,C), the class token first, after each of `layers`, of pixels (B,3,14h,14w)."""
-        rows, columns = pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
-        patches = self.patch_embed(pixels)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.places(rows, columns)
-        found = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            if index in layers:
-                found.append(self.norm(tokens))
-        return found
-
-    def places(self, rows: int, columns: int) -> Tensor:
-        """What tells tokens their places, (1,1+h*w,C)."""
-        if rows == columns == PATCHES:
-            return self.pos_embed
-        known = rearrange(self.pos_embed[:, 1:].float(), "b (h w) c -> b c h w", h=PATCHES)
-        scale = ((rows + POSITION_OFFSET) / PATCHES, (columns + POSITION_OFFSET) / PATCHES)
-        fitted = rearrange(F.interpolate(known, scale_factor=scale, mode="bicubic"), "b c h w -> b (h w) c")
-        return torch.cat([self.pos_embed[:, :1], fitted.to(self.pos_embed.dtype)], dim=1)
 
 
 class Encoder(nn.Module):
@@ -242,8 +138,8 @@ class MoGe(nn.Module):
         aspect = width / height
         rows, columns = max(1, round((self.patches / aspect) ** 0.5)), max(1, round((self.patches * aspect) ** 0.5))
         seen, token = self.encoder(image, rows, columns)
-        views = [_view(rows * 2**level, columns * 2**level, aspect).to(seen)[None] for level in range(LEVELS)]
-        views = [view.expand(len(image), -1, -1, -1) for view in views]
+        views = [view(rows * 2**level, columns * 2**level, aspect).to(seen)[None] for level in range(LEVELS)]
+        views = [one.expand(len(image), -1, -1, -1) for one in views]
         features = self.neck([torch.cat([seen, views[0]], dim=1), *views[1:]])
         answer, mask = (
             F.interpolate(one(features)[-1], (height, width), mode="bilinear") for one in (head, self.mask_head)
@@ -321,7 +217,7 @@ def _shift(points: Tensor, known: Tensor) -> float:
     from scipy.optimize import least_squares
 
     height, width = known.shape
-    place = _view(height, width, width / height).to(points)
+    place = view(height, width, width / height).to(points)
     fewer = F.interpolate(torch.cat([points, place, known[None].to(points)])[None], (SHIFT_SIDE, SHIFT_SIDE))[0]
     x, y, z, right, down, there = fewer.cpu().numpy()
     across, away, seen = (np.stack(pair)[..., there > 0] for pair in ((x, y), (z, z), (right, down)))
@@ -333,14 +229,6 @@ def _shift(points: Tensor, known: Tensor) -> float:
         return ((projected * seen).sum() / np.square(projected).sum() * projected - seen).ravel()
 
     return float(least_squares(missed, 0.0, ftol=SHIFT_TOLERANCE, method="lm").x[0])
-
-
-def _view(rows: int, columns: int, aspect: float) -> Tensor:
-    """Where each pixel centre is, (2,rows,columns): across and down, the half diagonal being 1."""
-    diagonal = math.hypot(1, aspect)
-    across = torch.linspace(-1, 1, columns) * (aspect / diagonal * (columns - 1) / columns)
-    down = torch.linspace(-1, 1, rows) * (1 / diagonal * (rows - 1) / rows)
-    return torch.stack([across.expand(rows, -1), down[:, None].expand(-1, columns)])
 
 
 def _linears(widths: Sequence[int]) -> nn.Sequential:

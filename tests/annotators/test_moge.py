@@ -21,7 +21,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from zeroconv.annotators import ANNOTATORS, depth, pipeline
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.networks import NETWORKS, moge
+from zeroconv.annotators.networks import NETWORKS, dinov2, moge
 from zeroconv.annotators.normals import normal_moge
 
 ENDS = ("weight", "bias")
@@ -98,7 +98,7 @@ def test_the_transformer_is_dinov2(patches: tuple[int, int]):
         for weight in theirs.parameters():
             weight.normal_(0, weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5)
     weights = theirs.state_dict()
-    ours = moge.DINOv2(128, 2)
+    ours = dinov2.DINOv2(128, 2)
     ours.load_state_dict(
         {
             "cls_token": weights["embeddings.cls_token"],
@@ -112,7 +112,7 @@ def test_the_transformer_is_dinov2(patches: tuple[int, int]):
     torch.manual_seed(1)
     pixels = torch.randn(1, 3, 14 * patches[0], 14 * patches[1])
     with torch.no_grad():
-        if patches != (moge.PATCHES, moge.PATCHES):
+        if patches != (dinov2.PATCHES, dinov2.PATCHES):
             # Its places are given to theirs, so that the rest can be compared.
             theirs.embeddings.interpolate_pos_encoding = lambda *_: ours.places(*patches)  # pyright: ignore
         reference = theirs(pixels).last_hidden_state
@@ -140,7 +140,7 @@ def block(weights: dict[str, Tensor], i: int) -> dict[str, Tensor]:
 
 def test_views_in_numbers():
     """Pixel centres on a half diagonal of 1: a picture twice as wide as high."""
-    view = moge._view(2, 4, 2.0)  # pyright: ignore[reportPrivateUsage]
+    view = dinov2.view(2, 4, 2.0)
     half = 5**-0.5
     torch.testing.assert_close(view[0], torch.tensor([[-0.75, -0.25, 0.25, 0.75]] * 2) * 2 * half)
     torch.testing.assert_close(view[1], torch.tensor([[-0.5] * 4, [0.5] * 4]) * half)

@@ -30,7 +30,7 @@ from zeroconv.annotators.networks import NETWORKS, File, Network, moge
 from zeroconv.benchmarks import weights
 
 from ..annotators import pretrained_tiny as tiny
-from ..annotators import scripted_tiny
+from ..annotators import scripted_tiny, test_depth_anything_3
 from ..annotators.loopback_hub import LoopbackHub, loopback_hub, set_offline
 from ..annotators.test_moge import fill, settings
 
@@ -100,6 +100,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "dpt_large": lambda folder: tiny.dpt(folder, hybrid=False),
     "dpt_hybrid": lambda folder: tiny.dpt(folder, hybrid=True),
     "depth_anything_v2_small": tiny.depth_anything,
+    "depth_anything_3_small": test_depth_anything_3.write,
     "zoedepth": tiny.zoe,
     "moge2_small": moge_with_normals,
     "marigold_normals": tiny.marigold,

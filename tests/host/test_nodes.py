@@ -114,6 +114,7 @@ CONTRACT = {
             *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
             "inpaint_lama_detail",
             *("depth_moge_range", "depth_moge_farthest", "anyline_smallest", "normal_marigold_seed"),
+            "depth_anything_3_range",
             *("mask", "pose_keypoints", "latent"),
         ],
         ["hint", "pose_keypoints"],
