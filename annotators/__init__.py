@@ -147,16 +147,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "edges": ("canny", "hed", "teed"),
     "lines": (
         *("mlsd", "hough_lines", "lsd", "lineart_realistic", "lineart_coarse", "lineart_anime", "lineart_manga"),
-        *(
-            "lineart_standard",
-            "anyline",
-            "cartoon_lines",
-            "scribble_hed",
-            "scribble_xdog",
-            "scribble",
-            "invert",
-            "threshold",
-        ),
+        *("lineart_standard", "anyline", "cartoon_lines", "scribble_hed", "scribble_xdog", "scribble"),
+        *("invert", "threshold"),
     ),
     "depth": ("depth_anything", "depth_anything_3", "depth_moge", "depth_small", "depth_large", "depth_zoe"),
     "pose": ("human_pose", "dwpose", "pose"),

@@ -20,7 +20,6 @@ WORDS: dict[str, tuple[str, ...]] = {
         *("hed", "teed", "pidinet", "lineart", "line art", "scribble", "sketch", "mlsd", "lines", "depth", "depth map"),
         *(
             "depth anything",
-            "depth anything 3",
             "midas",
             "zoe",
             "normal",

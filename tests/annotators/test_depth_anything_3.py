@@ -166,7 +166,7 @@ def test_other_files_are_named(key: str, said: str, tmp_path: Path):
 @pytest.mark.skipif("ZEROCONV_DEPTH_ANYTHING_3" not in os.environ, reason="ZEROCONV_DEPTH_ANYTHING_3 names no checkout")
 @pytest.mark.parametrize("size", [(8, 12), (11, 6)])
 def test_depth_is_that_of_the_authors_parts(size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of the published size, with seeded random weights under the authors' own keys; without the packages of cameras."""
+    """Of the published size, with seeded random weights under the authors' keys; without what cameras need."""
     root = Path(os.environ["ZEROCONV_DEPTH_ANYTHING_3"]) / "src" / "depth_anything_3"
     for name in ("", ".model", ".model.utils", ".utils"):
         module = ModuleType(f"depth_anything_3{name}")
