@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -124,6 +123,8 @@ def ink(network: nn.Module, image: np.ndarray) -> np.ndarray:
 
     The network was shown grey bytes. Raises AnnotatorError for other sizes.
     """
+    import cv2
+
     pictures = image.reshape(-1, *image.shape[-3:])
     greys = np.stack([cv2.cvtColor(to_bytes(one), cv2.COLOR_RGB2GRAY) for one in pictures])
     seen = learned.to_tensor(np.repeat(greys[..., None], 3, axis=3), network)[:, :1]
