@@ -65,9 +65,9 @@ def test_normals_are_those_of_diffusers(size: tuple[int, int], files: list[Path]
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     reference = theirs(pixels, generator=torch.Generator().manual_seed(7), **given).prediction[0]
     assert reference.std(axis=(0, 1)).max() > 0.05
-    np.testing.assert_allclose(marigold.normals(network, image, 7), reference, atol=1e-5)
+    np.testing.assert_allclose(marigold.normals(network, image, 7), reference, atol=1e-4)
     hint = hint_of("normal_marigold", [network], image, seed=7)
-    np.testing.assert_allclose(hint, (1 + reference * (-1, 1, 1)) / 2, atol=1e-5)
+    np.testing.assert_allclose(hint, (1 + reference * (-1, 1, 1)) / 2, atol=1e-4)
 
 
 @pytest.mark.parametrize(
