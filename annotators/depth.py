@@ -69,6 +69,7 @@ def stretched_hints(depths: Iterable[np.ndarray], range: str = "picture") -> Ite
     if range == "batch":
         depths = list(depths)
         bounds = min(float(one.min()) for one in depths), max(float(one.max()) for one in depths)
+        depths = _let_go(depths)
     for depth in depths:
         yield grey(stretched(depth, *(bounds or (float(depth.min()), float(depth.max())))))
 
@@ -113,9 +114,16 @@ def _bounded(
         # Of each picture other places, and of all as many as one has: a video is large.
         some = [one.ravel()[i :: len(depths)] for i, one in enumerate(depths)]
         bounds = np.percentile(np.concatenate(some), percentiles)
+        depths = _let_go(depths)
     for depth in depths:
         least, greatest = np.percentile(depth, percentiles) if bounds is None else bounds
         yield depth, float(least), float(greatest)
+
+
+def _let_go(depths: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """One after the other, and none is kept: where the hints of a video grow, its depths make room."""
+    while depths:
+        yield depths.pop(0)
 
 
 def stretched(depth: np.ndarray, least: float, greatest: float) -> np.ndarray:
