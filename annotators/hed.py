@@ -78,7 +78,8 @@ def _fine_lines(image: np.ndarray, smallest: int) -> np.ndarray:
     # In bytes, as published: what is less than one is no line.
     lines = np.floor(lineart_standard(image, FINE_SIGMA, FINE_THRESHOLD)[:, :, 0] * 255)
     _, labels, found, _ = cv2.connectedComponentsWithStats((lines > 0).astype(np.uint8), connectivity=4)
-    return lines * (found[labels, cv2.CC_STAT_AREA] >= smallest) / 255
+    enough = np.asarray(found)[:, cv2.CC_STAT_AREA] >= smallest
+    return lines * enough[np.asarray(labels, np.intp)] / 255
 
 
 def _levels(edges: np.ndarray, safe: bool) -> np.ndarray:

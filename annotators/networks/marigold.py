@@ -4,6 +4,7 @@ Generators for Image Analysis" (prs-eth/Marigold); the network and its sampling 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,9 @@ class Marigold(nn.Module):
 
         Each begins with the same noise.
         """
-        from diffusers import MarigoldNormalsPipeline
-
-        parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": self.scheduler}
-        pipeline: Any = MarigoldNormalsPipeline(**parts, text_encoder=None, tokenizer=None, **self.settings)  # pyright: ignore[reportArgumentType]
+        diffusers: Any = import_module("diffusers")
+        parts = {"unet": self.unet, "vae": self.vae, "scheduler": self.scheduler}
+        pipeline = diffusers.MarigoldNormalsPipeline(**parts, text_encoder=None, tokenizer=None, **self.settings)
         pipeline.empty_text_embedding = self.no_words
         pipeline.set_progress_bar_config(disable=True)
         noise = [torch.Generator().manual_seed(seed) for _ in image]
@@ -58,9 +58,9 @@ def build(
     unet: Path,
 ) -> nn.Module:
     """Marigold of the files of prs-eth/marigold-normals-v1-1: eval, fp32, CPU. Raises AnnotatorError for others."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    diffusers: Any = import_module("diffusers")
     said = _read(index)
     if said.get("prediction_type") != "normals":
         raise AnnotatorError(f"{index} describes no Marigold with normals: delete it, so that it is fetched again")
@@ -68,9 +68,9 @@ def build(
     with torch.no_grad():
         no_words = encoder(torch.tensor([NO_WORDS])).last_hidden_state
     return Marigold(
-        learned.build(lambda: UNet2DConditionModel.from_config(_read(unet_settings)), unet),
-        learned.build(lambda: AutoencoderKL.from_config(_read(vae_settings)), vae, OLDER_NAMES),
-        DDIMScheduler.from_config(_read(scheduler)),
+        learned.build(lambda: diffusers.UNet2DConditionModel.from_config(_read(unet_settings)), unet),
+        learned.build(lambda: diffusers.AutoencoderKL.from_config(_read(vae_settings)), vae, OLDER_NAMES),
+        diffusers.DDIMScheduler.from_config(_read(scheduler)),
         no_words,
         {name: said[name] for name in SETTINGS if name in said},
     ).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -303,13 +304,12 @@ def sam2(folder: Path) -> tuple[Path, Path]:
 
 def marigold(folder: Path) -> list[Path]:
     """prs-eth/marigold-normals-v1-1 with few and narrow blocks, in the order in which it is built of its files."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-
+    diffusers: Any = import_module("diffusers")
     torch.manual_seed(0)
     text = CLIPTextModel(
         CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     )
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         in_channels=8,
         out_channels=4,
         layers_per_block=1,
@@ -320,7 +320,7 @@ def marigold(folder: Path) -> list[Path]:
         attention_head_dim=8,
         use_linear_projection=True,
     )
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(32, 32, 32, 32),
@@ -329,7 +329,7 @@ def marigold(folder: Path) -> list[Path]:
     randomise(text).half().save_pretrained(folder / "text_encoder", variant="fp16")
     for part, name in ((unet, "unet"), (vae, "vae")):
         part.half().save_pretrained(folder / name, variant="fp16")
-    DDIMScheduler(
+    diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",

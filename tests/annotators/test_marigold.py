@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, MarigoldNormalsPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from skimage.data import astronaut
 from transformers import CLIPTextModel
@@ -48,15 +48,17 @@ def test_the_list_names_these_files_and_a_licence(files: list[Path]):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 130)])
 def test_normals_are_those_of_diffusers(size: tuple[int, int], files: list[Path], network: Any):
+    diffusers: Any = import_module("diffusers")
     folder = files[0].parent
+    as_fp32: dict[str, Any] = {"variant": "fp16", "torch_dtype": torch.float32}
     parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet", variant="fp16", torch_dtype=torch.float32),
-        "vae": AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float32),
-        "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", **as_fp32),
+        "vae": diffusers.AutoencoderKL.from_pretrained(folder / "vae", **as_fp32),
+        "scheduler": diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
         "text_encoder": None,
         "tokenizer": None,
     }
-    theirs: Any = MarigoldNormalsPipeline(**parts, prediction_type="normals")
+    theirs = diffusers.MarigoldNormalsPipeline(**parts, prediction_type="normals")
     words: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", variant="fp16", torch_dtype=torch.float32)
     with torch.no_grad():
         theirs.empty_text_embedding = words(torch.tensor([[49406, 49407]]))[0]
