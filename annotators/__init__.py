@@ -131,6 +131,11 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("segments:segments_sam2", "points", "confidence", "colours", "seed"),
     ("segments:mask_sam2",),
     ("inpaint:inpaint_lama", "detail"),
+    ("depth:depth_moge", "range", "farthest"),
+    ("hed:anyline", "smallest"),
+    ("lineart:lineart_manga",),
+    ("normals:normal_marigold", "seed"),
+    ("depth:depth_anything_3", "range"),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 
@@ -141,13 +146,14 @@ away. A new annotator is a new line at the end, and so is a new parameter of an 
 GROUPS: dict[str, tuple[str, ...]] = {
     "edges": ("canny", "hed", "teed"),
     "lines": (
-        *("mlsd", "hough_lines", "lsd", "lineart_realistic", "lineart_coarse", "lineart_anime", "lineart_standard"),
-        *("cartoon_lines", "scribble_hed", "scribble_xdog", "scribble", "invert", "threshold"),
+        *("mlsd", "hough_lines", "lsd", "lineart_realistic", "lineart_coarse", "lineart_anime", "lineart_manga"),
+        *("lineart_standard", "anyline", "cartoon_lines", "scribble_hed", "scribble_xdog", "scribble"),
+        *("invert", "threshold"),
     ),
-    "depth": ("depth_anything", "depth_small", "depth_large", "depth_zoe"),
+    "depth": ("depth_anything", "depth_anything_3", "depth_moge", "depth_small", "depth_large", "depth_zoe"),
     "pose": ("human_pose", "dwpose", "pose"),
     "segments": ("segments_ade20k", "segments_coco", "segments_sam2", "mask_sam2", "superpixels"),
-    "normals": ("normal_moge", "normal_midas", "normal_from_depth"),
+    "normals": ("normal_moge", "normal_marigold", "normal_midas", "normal_from_depth"),
     "picture": ("tile", "blur", "inpaint", "inpaint_lama", "luminance", "intensity", "color", "shuffle"),
 }
 """The annotators as lists show them: by what the hint is, first in each group what most controls want."""

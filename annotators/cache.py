@@ -45,7 +45,9 @@ class HintCache:
         parameters: Mapping[str, Any] | None = None,
         run: object = None,
     ) -> list[Seen]:
-        """What `pipeline.see` gives for these pictures, fresh copies; only what is not kept is made.
+        """What `pipeline.see` gives for these pictures; only what is not kept is made.
+
+        Fresh copies, unless the annotator draws: what its `draw` reads is the kept array, which cannot be written.
 
         A mask, a frame or a parameter that the function does not read makes no difference. Errors are not kept. Calls
         of one `run` never push out what that run has used: of a sequence longer than the cache, the first part stays,
@@ -73,6 +75,8 @@ class HintCache:
             )
             made = dict(zip(missing, new))
         for i, (seen, found) in made.items():
+            if annotator.draw:
+                seen.flags.writeable = False
             self._keep(keys[i], _Kept(*_packed(seen), deepcopy(found), run))
         return [made[i] if i in made else self._again(key, run) for i, key in enumerate(keys)]
 
@@ -101,11 +105,14 @@ def _packed(seen: np.ndarray) -> tuple[np.ndarray, int]:
         levels = np.rint(seen * 255).astype(np.uint8)
         if (_floats(levels) == seen).all():
             return levels, channels
-    return seen.copy(), channels
+    return seen.copy() if seen.flags.writeable else seen, channels
 
 
 def _unpacked(packed: np.ndarray, channels: int) -> np.ndarray:
-    seen = _floats(packed) if packed.dtype == np.uint8 else packed.copy()
+    if packed.dtype == np.uint8:
+        seen = _floats(packed)
+    else:
+        seen = packed.copy() if packed.flags.writeable else packed
     return np.repeat(seen[:, :, None], channels, axis=2) if channels and seen.ndim == 2 else seen
 
 

@@ -1,4 +1,4 @@
-"""Soft edges by HED and TEED, and the scribbles that are made of them."""
+"""Soft edges by HED and TEED, the scribbles that are made of them, and AnyLine's mixture with fine lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import Annotator, Parameter
+from .drawings import lineart_standard
 from .images import PADDED, grey
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ SCRIBBLE_SIGMA = 3.0
 """Pixels by which edges are smoothed before they are thinned, and lines after."""
 SCRIBBLE_REACH = 4
 """A smoothed line is part of the scribble where it is above this, of 255: a pen about 13 pixels wide."""
+FINE_SIGMA, FINE_THRESHOLD = 2.0, 3
+"""Of the fine lines of AnyLine, as `lineart_standard` reads them."""
 
 
 def hed(network: nn.Module, image: np.ndarray, safe: bool = True) -> np.ndarray:
@@ -53,6 +56,30 @@ def scribble_hed(network: nn.Module, image: np.ndarray, safe: bool = True, thres
     """
     soft = hed(network, image, safe)
     return np.stack([_strokes(one, threshold) for one in soft]) if soft.ndim == 4 else _strokes(soft, threshold)
+
+
+def anyline(network: nn.Module, image: np.ndarray, smallest: int = 12) -> np.ndarray:
+    """Soft edges by TEED and the picture's own fine dark lines on one sheet, white on black, (B,H,W,3) float32 0..1.
+
+    Of RGB images (B,H,W,3), or of one, with sides of 64 n. Lines of fewer than `smallest` pixels are left out. Source:
+    TheMistoAI/ComfyUI-Anyline, which counts 36 pixels, in three channels. Raises AnnotatorError for other sizes.
+    """
+    from .networks.teed import edges
+
+    soft = _levels(edges(network, image), safe=True)
+    fine = [_fine_lines(one, smallest) for one in image.reshape(-1, *image.shape[-3:])]
+    return grey(1 - (1 - soft) * (1 - np.stack(fine).reshape(soft.shape)))
+
+
+def _fine_lines(image: np.ndarray, smallest: int) -> np.ndarray:
+    """Lines (H,W), 0..1, darker than what lies around them, of `smallest` connected pixels at least."""
+    import cv2
+
+    # In bytes, as published: what is less than one is no line.
+    lines = np.floor(lineart_standard(image, FINE_SIGMA, FINE_THRESHOLD)[:, :, 0] * 255)
+    _, labels, found, _ = cv2.connectedComponentsWithStats((lines > 0).astype(np.uint8), connectivity=4)
+    enough = np.asarray(found)[:, cv2.CC_STAT_AREA] >= smallest
+    return lines * enough[np.asarray(labels, np.intp)] / 255
 
 
 def _levels(edges: np.ndarray, safe: bool) -> np.ndarray:
@@ -86,4 +113,12 @@ RECORDS = (
         batched=True,
     ),
     Annotator("teed", teed, (_SAFE,), networks=("teed",), multiple=PADDED, batched=True),
+    Annotator(
+        "anyline",
+        anyline,
+        (Parameter("smallest", "Fine lines of fewer pixels are left out: grain and dust.", 0, 1000, 1),),
+        networks=("mteed",),
+        multiple=PADDED,
+        batched=True,
+    ),
 )

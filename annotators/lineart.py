@@ -1,4 +1,4 @@
-"""Line drawings by networks: of photographs, fine or coarse, and in anime style."""
+"""Line drawings by networks: of photographs, fine or coarse, in anime style, and the lines of drawings in print."""
 
 from __future__ import annotations
 
@@ -45,8 +45,20 @@ def lineart_anime(network: nn.Module, image: np.ndarray) -> np.ndarray:
     return grey(cv2.resize(lines, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1))
 
 
+def lineart_manga(network: nn.Module, image: np.ndarray) -> np.ndarray:
+    """The ink lines of manga and cartoons without their screens, white on black, (B,H,W,3) float32 0..1.
+
+    Of RGB images (B,H,W,3), or of one, with sides of 64 n. Source: ljsabc/MangaLineExtraction_PyTorch, whose lines are
+    dark; the lineart controls read them light. Raises AnnotatorError for other sizes.
+    """
+    from .networks.manga import ink
+
+    return grey(1 - ink(network, image))
+
+
 RECORDS = (
     Annotator("lineart_realistic", lineart, networks=("lineart_realistic",), multiple=PADDED, batched=True),
     Annotator("lineart_coarse", lineart, networks=("lineart_coarse",), multiple=PADDED, batched=True),
     Annotator("lineart_anime", lineart_anime, networks=("lineart_anime",)),
+    Annotator("lineart_manga", lineart_manga, networks=("lineart_manga",), multiple=PADDED, batched=True),
 )

@@ -18,9 +18,10 @@ SCORES: dict[str, tuple[str, ...]] = {
     "edges": (
         "canny", "hough_lines", "lsd", "hed", "mlsd", "scribble_xdog", "scribble_hed", "lineart_standard",
         "cartoon_lines", "lineart_realistic", "lineart_coarse", "lineart_anime", "teed",
+        "anyline", "lineart_manga",
     ),
-    "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe"),
-    "normals": ("normal_midas", "normal_moge"),
+    "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe", "depth_moge", "depth_anything_3"),
+    "normals": ("normal_midas", "normal_moge", "normal_marigold"),
     "segments": ("segments_ade20k", "segments_coco", "threshold"),
     "pose": ("human_pose", "dwpose"),
     "picture": ("superpixels", "tile", "blur", "luminance", "intensity", "color"),

@@ -13,6 +13,7 @@ from .images import AnnotatorError
 if TYPE_CHECKING:
     from transformers import DPTForDepthEstimation
 
+    from .networks.marigold import Marigold
     from .networks.moge import MoGe
 
 GREY_LEVELS = 255.0
@@ -98,6 +99,17 @@ def normal_moge(network: MoGe, image: np.ndarray) -> np.ndarray:
     return (1 - normals(network, image)) / 2
 
 
+def normal_marigold(network: Marigold, image: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Normals (B,H,W,3) float32 0..1 of pictures (B,H,W,3), or of one, in the colours of `normal_moge`.
+
+    `seed` is that of the noise, the same for each picture. Raises AnnotatorError for a picture too thin to be looked
+    at, and for an answer that is not finite.
+    """
+    from .networks.marigold import normals
+
+    return (1 + normals(network, image, seed) * np.array([-1, 1, 1], np.float32)) / 2
+
+
 RECORDS = (
     Annotator(
         "normal_from_depth",
@@ -128,4 +140,12 @@ RECORDS = (
         networks=("dpt_hybrid",),
     ),
     Annotator("normal_moge", normal_moge, networks=("moge2_small",), batched=True),
+    Annotator(
+        "normal_marigold",
+        normal_marigold,
+        (Parameter("seed", "Which noise the diffusion begins with.", 0, 2147483647, 1),),
+        networks=("marigold_normals",),
+        packages=("diffusers",),
+        batched=True,
+    ),
 )

@@ -1,6 +1,7 @@
 """Seeded random weights of the published networks, as files with the published names, keys and precision.
 
-They come out of controlnet-aux's networks, which load the published files strictly: what loads these loads those.
+They come out of controlnet-aux's networks, which load the published files strictly: what loads these loads those. It
+has no MangaLines: that one is ours, whose keys and shapes are its authors' (tests/annotators/test_manga.py).
 """
 
 from __future__ import annotations
@@ -76,6 +77,16 @@ def _teed() -> dict[str, Tensor]:
     return weights | {key: value * 0.1 for key, value in weights.items() if key.startswith(last)}
 
 
+def manga() -> dict[str, Tensor]:
+    """Those of the manga lines: blocks that add little to what they read, and an answer about the middle of 0..255."""
+    from ..annotators.networks.manga import MangaLines
+
+    weights = seeded(MangaLines())
+    weights |= {key: 0.3 * value for key, value in weights.items() if ".residual." in key and value.dim() == 4}
+    last = "conv15.model.2."
+    return weights | {f"{last}weight": 7e-4 * weights[f"{last}weight"], f"{last}bias": weights[f"{last}bias"] + 244}
+
+
 FILES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "ControlNetHED.pth": _hed,
     "sk_model.pth": functools.partial(_lineart, 0),
@@ -83,10 +94,13 @@ FILES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "netG.pth": _anime,
     "mlsd_large_512_fp32.pth": _mlsd,
     "5_model.pth": _teed,
+    "Anyline/MTEED.pth": _teed,
+    "erika.pth": manga,
 }
 
 
 def write(folder: Path, names: list[str] | None = None) -> None:
     """Write the files of these names, or all, into a folder. Needs controlnet-aux."""
     for name in FILES if names is None else names:
+        (folder / name).parent.mkdir(exist_ok=True)
         torch.save(FILES[name](), folder / name)

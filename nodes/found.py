@@ -29,6 +29,7 @@ WORDS: dict[str, tuple[str, ...]] = {
             "segment",
             "seg",
             "oneformer",
+            *("moge", "marigold", "anyline", "manga"),
         ),
         *("sam", "tile", "blur", "inpaint", "lama", "shuffle", "color", "grayscale", "luminance", "threshold"),
     ),

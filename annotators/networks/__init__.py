@@ -73,6 +73,10 @@ def _annotators(name: str, size: int, sha256: str) -> tuple[File]:
     return (File("lllyasviel/Annotators", name, size, sha256),)
 
 
+def _marigold(name: str, size: int) -> File:
+    return File("prs-eth/marigold-normals-v1-1", name, size)
+
+
 NETWORKS: tuple[Network, ...] = (
     # -- edges, lines and drawings -----------------------------------------------------------------------------------
     # lllyasviel/Annotators names no licence for all its files: each has that of the project that it comes from.
@@ -118,6 +122,19 @@ NETWORKS: tuple[Network, ...] = (
         (File("fal/teed", "5_model.pth", 248_000),),
         "MIT (xavysp/TEED)",
     ),
+    # Published as MIT with the code, and beside MistoLine (OpenRAIL++); what it was trained on is not said.
+    Network(
+        "mteed",
+        "teed:build",
+        (File("TheMistoAI/MistoLine", "Anyline/MTEED.pth", 248_298),),
+        "MIT (TheMistoAI/ComfyUI-Anyline)",
+    ),
+    Network(
+        "lineart_manga",
+        "manga:build",
+        _annotators("erika.pth", 172_789_563, "badbd6baf013cefbd98993307b02cc14a26c770d067416e4fdecc8720b88feeb"),
+        "MIT (ljsabc/MangaLineExtraction_PyTorch)",
+    ),
     # -- depth, normals and segments ---------------------------------------------------------------------------------
     Network(
         "dpt_large",
@@ -154,6 +171,13 @@ NETWORKS: tuple[Network, ...] = (
         ),
         "Apache-2.0",
     ),
+    # Of Depth Anything 3 the base network has this licence, too; the larger ones of any views are CC-BY-NC-4.0.
+    Network(
+        "depth_anything_3_small",
+        "depth_anything_3:build",
+        (File("depth-anything/DA3-SMALL", "model.safetensors", 137_000_000),),
+        "Apache-2.0",
+    ),
     Network(
         "zoedepth",
         "depth:build_zoe",
@@ -180,6 +204,22 @@ NETWORKS: tuple[Network, ...] = (
             ),
         ),
         "MIT (microsoft/MoGe)",
+    ),
+    # As of Stable Diffusion 2, which it began as: free for any use that the licence does not name as harmful.
+    Network(
+        "marigold_normals",
+        "marigold:build",
+        (
+            _marigold("model_index.json", 1_000),
+            _marigold("scheduler/scheduler_config.json", 700),
+            _marigold("text_encoder/config.json", 700),
+            _marigold("text_encoder/model.fp16.safetensors", 681_000_000),
+            _marigold("vae/config.json", 900),
+            _marigold("vae/diffusion_pytorch_model.fp16.safetensors", 167_000_000),
+            _marigold("unet/config.json", 2_000),
+            _marigold("unet/diffusion_pytorch_model.fp16.safetensors", 1_730_000_000),
+        ),
+        "OpenRAIL++-M (prs-eth/Marigold)",
     ),
     Network(
         "oneformer_ade20k",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +75,21 @@ def anything(network: DepthAnythingForDepthEstimation, image: np.ndarray) -> np.
 
     The network looks with a short side of 518 pixels (DepthAnything/Depth-Anything-V2 depth_anything_v2/dpt.py).
     """
+    scale = ANYTHING_SHORT_SIDE / min(image.shape[-3:-1])
+    return seen(network, image, scale, lambda pixels: network(pixel_values=pixels).predicted_depth)
+
+
+def seen(network: nn.Module, image: np.ndarray, scale: float, run: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """What a network says (B,H,W) float32 of pictures (B,H,W,3), or of one, that it sees at another `scale`.
+
+    `run` gives maps (B,h,w) of pixels (B,3,h,w), normed as ImageNet's, h and w being multiples of 14. Raises
+    AnnotatorError for an answer that is not finite.
+    """
     height, width = image.shape[-3:-1]
-    size = _looked_at(height, width, ANYTHING_MULTIPLE, ANYTHING_SHORT_SIDE / min(height, width))
+    size = _looked_at(height, width, ANYTHING_MULTIPLE, scale)
     with torch.inference_mode():
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        looked = _placed((_looked(image, size) - mean) / std, network)
-        depth = network(pixel_values=looked).predicted_depth.float()
+        depth = run(_placed((_looked(image, size) - mean) / std, network)).float()
         depth = nn.functional.interpolate(depth[:, None], (height, width), mode="bilinear", align_corners=True)
     return _whole(depth).reshape(image.shape[:-1])
 

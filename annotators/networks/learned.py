@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,21 @@ UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, struct.erro
 """What torch.load raises for files that are none of its own, or not whole."""
 
 
-def build(make: Callable[[], nn.Module], path: Path) -> nn.Module:
+def build(
+    make: Callable[[], nn.Module],
+    path: Path,
+    renamed: Mapping[str, str] | None = None,
+    unread: Callable[[str], bool] | None = None,
+) -> nn.Module:
     """The network that `make` gives, with the weights of a *.pth or *.safetensors file: eval, fp32, CPU, no gradients.
 
-    The file's keys must be the network's own; the "module." that torch's DataParallel puts before them is taken off.
+    The file's keys must be the network's own; the "module." that torch's DataParallel puts before them is taken off,
+    those that are `unread` are left out, and parts of names are `renamed`.
     Raises AnnotatorError for a file that is no weights, or those of another network, naming the keys.
     """
-    weights = read_weights(path)
+    weights = {key: weight for key, weight in read_weights(path).items() if not (unread and unread(key))}
+    for part, new in (renamed or {}).items():
+        weights = {key.replace(part, new): weight for key, weight in weights.items()}
     with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces anyway
         network = make()
     wanted = f"{path.name} is not the weights of {type(network).__name__}"

@@ -1,10 +1,11 @@
-"""Surface normals straight from a picture, by MoGe-2: a DINOv2 transformer, a shared neck, a head for each answer."""
+"""Normals and depth straight from a picture, by MoGe-2: a DINOv2 transformer, a shared neck, a head for each answer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,121 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..images import AnnotatorError, to_picture
+from .dinov2 import PATCH, DINOv2, view
 from .learned import UNREADABLE
 
-PATCH, PATCHES = 14, 37
-"""DINOv2 sees patches of 14 pixels, and has learned the places of 37x37."""
-HEAD_WIDTH = 64
-POSITION_OFFSET = 0.1
-"""DINOv2 stretches its places by a little more than the patches ask for, and was trained so."""
 LEVELS = 5
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": partial(nn.LeakyReLU, 0.2), "silu": nn.SiLU, "elu": nn.ELU}
-UNREAD = ("points_head.", "scale_head.")
-"""Answers of the published network that normals do without."""
-
-
-class Attention(nn.Module):
-    """Self-attention of DINOv2."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        query, key, value = rearrange(self.qkv(tokens), "b n (three h c) -> three b h n c", three=3, c=HEAD_WIDTH)
-        found = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(rearrange(found, "b h n c -> b n (h c)"))
-
-
-class MLP(nn.Module):
-    """The two linear layers of a transformer block."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        return self.fc2(F.gelu(self.fc1(tokens)))
-
-
-class LayerScale(nn.Module):
-    """A factor for each channel."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        return tokens * self.gamma
-
-
-class Block(nn.Module):
-    """A transformer block of DINOv2."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), Attention(width), LayerScale(width)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), MLP(width), LayerScale(width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """From (B,N,C) to (B,N,C)."""
-        tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
-        return tokens + self.ls2(self.mlp(self.norm2(tokens)))
-
-
-class PatchEmbed(nn.Module):
-    """Pixels to tokens."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, PATCH, stride=PATCH)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """From (B,3,14h,14w) to (B,h*w,C)."""
-        return rearrange(self.proj(pixels), "b c h w -> b (h w) c")
-
-
-class DINOv2(nn.Module):
-    """The transformer, with the keys of facebookresearch/dinov2."""
-
-    def __init__(self, width: int, depth: int):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + PATCHES**2, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.patch_embed = PatchEmbed(width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """The normed patch tokens (B,h*w,C) after each of `layers`, of pixels (B,3,14h,14w)."""
-        rows, columns = pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
-        patches = self.patch_embed(pixels)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.places(rows, columns)
-        found = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            if index in layers:
-                found.append(self.norm(tokens)[:, 1:])
-        return found
-
-    def places(self, rows: int, columns: int) -> Tensor:
-        """What tells tokens their places, (1,1+h*w,C)."""
-        if rows == columns == PATCHES:
-            return self.pos_embed
-        known = rearrange(self.pos_embed[:, 1:].float(), "b (h w) c -> b c h w", h=PATCHES)
-        scale = ((rows + POSITION_OFFSET) / PATCHES, (columns + POSITION_OFFSET) / PATCHES)
-        fitted = rearrange(F.interpolate(known, scale_factor=scale, mode="bicubic"), "b c h w -> b (h w) c")
-        return torch.cat([self.pos_embed[:, :1], fitted.to(self.pos_embed.dtype)], dim=1)
+SHIFT_SIDE, SHIFT_TOLERANCE = 64, 1e-3
+"""The camera is sought with so many points across and down, until the sum of squares changes by less than this part."""
 
 
 class Encoder(nn.Module):
-    """A picture as features of `width_out` channels, one for each patch."""
+    """A picture as features of `width_out` channels, one for each patch, and as one token."""
 
     image_mean: Tensor
     image_std: Tensor
@@ -142,12 +39,13 @@ class Encoder(nn.Module):
         self.register_buffer("image_mean", torch.zeros(1, 3, 1, 1))
         self.register_buffer("image_std", torch.ones(1, 3, 1, 1))
 
-    def forward(self, image: Tensor, rows: int, columns: int) -> Tensor:
-        """From (B,3,H,W), 0..1, to (B,C,rows,columns)."""
+    def forward(self, image: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """From (B,3,H,W), 0..1, to (B,C,rows,columns) and the class token (B,width)."""
         seen = F.interpolate(image, (rows * PATCH, columns * PATCH), mode="bilinear", antialias=True)
         found = self.backbone((seen - self.image_mean) / self.image_std, self.layers)
-        maps = [rearrange(tokens, "b (h w) c -> b c h w", h=rows) for tokens in found]
-        return torch.stack([project(map_) for project, map_ in zip(self.output_projections, maps, strict=True)]).sum(0)
+        maps = [rearrange(tokens[:, 1:], "b (h w) c -> b c h w", h=rows) for tokens in found]
+        projected = [project(map_) for project, map_ in zip(self.output_projections, maps, strict=True)]
+        return torch.stack(projected).sum(0), found[-1][:, 0]
 
 
 class Residual(nn.Module):
@@ -202,7 +100,7 @@ class ConvStack(nn.Module):
 
 
 class MoGe(nn.Module):
-    """MoGe-2 with its normals and the mask of where it knows any (microsoft/MoGe moge/model/v2.py)."""
+    """MoGe-2 with normals: all that the published file holds (microsoft/MoGe moge/model/v2.py)."""
 
     def __init__(self, settings: Mapping[str, Any], width: int, depth: int):
         super().__init__()
@@ -211,35 +109,53 @@ class MoGe(nn.Module):
         layers = range(depth - layers, depth) if isinstance(layers, int) else layers
         self.encoder = Encoder(width, depth, layers, encoder["dim_out"])
         self.neck = ConvStack(settings["neck"])
+        self.points_head = ConvStack(settings["points_head"])
         self.normal_head = ConvStack(settings["normal_head"])
         self.mask_head = ConvStack(settings["mask_head"])
+        self.scale_head = _linears(settings["scale_head"]["dims"])
         self.patches = settings["num_tokens_range"][1]
+        if settings["remap_output"] != "exp":
+            raise ValueError(f"an unknown way to write points: {settings['remap_output']}")
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Normals (B,3,H,W) of length 1, x to the right, y down, z away, and where they are known, (B,1,H,W), 0..1."""
+        normals, mask, _ = self._answers(image, self.normal_head)
+        return F.normalize(normals, dim=1), mask
+
+    def points(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (B,3,H,W), where they are known, (B,1,H,W), 0..1, and how many metres their unit is, (B,).
+
+        x is to the right, y down and z away. How far the camera is before the plane z = 0 is not said: `depths` finds
+        it.
+        """
+        points, mask, token = self._answers(image, self.points_head)
+        away = points[:, 2:].exp()
+        return torch.cat([points[:, :2] * away, away], dim=1), mask, self.scale_head(token)[:, 0].exp()
+
+    def _answers(self, image: Tensor, head: ConvStack) -> tuple[Tensor, Tensor, Tensor]:
+        """What a head says of each pixel, (B,C,H,W), the mask (B,1,H,W), 0..1, and the class token (B,width)."""
         height, width = image.shape[2:]
         aspect = width / height
         rows, columns = max(1, round((self.patches / aspect) ** 0.5)), max(1, round((self.patches * aspect) ** 0.5))
-        seen = self.encoder(image, rows, columns)
-        views = [_view(rows * 2**level, columns * 2**level, aspect).to(seen)[None] for level in range(LEVELS)]
-        views = [view.expand(len(image), -1, -1, -1) for view in views]
+        seen, token = self.encoder(image, rows, columns)
+        views = [view(rows * 2**level, columns * 2**level, aspect).to(seen)[None] for level in range(LEVELS)]
+        views = [one.expand(len(image), -1, -1, -1) for one in views]
         features = self.neck([torch.cat([seen, views[0]], dim=1), *views[1:]])
-        normals, mask = (
-            F.interpolate(head(features)[-1], (height, width), mode="bilinear")
-            for head in (self.normal_head, self.mask_head)
+        answer, mask = (
+            F.interpolate(one(features)[-1], (height, width), mode="bilinear") for one in (head, self.mask_head)
         )
-        return F.normalize(normals, dim=1), mask.sigmoid()
+        return answer, mask.sigmoid(), token
 
 
 def build(path: Path) -> nn.Module:
     """MoGe-2 of its model.pt (Ruicheng/moge-2-vits-normal): eval, fp32, CPU. Raises AnnotatorError for another file.
 
-    The file says how its network is made; every weight that normals need must be there, and no unknown one.
+    The file says how its network is made; every weight of it must be there, and no unknown one.
     """
     todo = "put the published file in its place, or delete it so that it is fetched again"
     try:
         said = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {key: weight for key, weight in said["model"].items() if not key.startswith(UNREAD)}
+        weights = said["model"]
         blocks = {int(key.split(".")[3]) for key in weights if key.startswith("encoder.backbone.blocks.")}
         with torch.device("meta"):
             network = MoGe(said["model_config"], weights["encoder.backbone.cls_token"].shape[-1], len(blocks))
@@ -258,23 +174,67 @@ def normals(network: MoGe, image: np.ndarray) -> np.ndarray:
     Where the network knows none, as of the sky, the viewer is faced. Raises AnnotatorError for an answer that is not
     finite.
     """
-    weight = network.encoder.backbone.cls_token
-    pictures = np.stack([to_picture(one) for one in (image if image.ndim == 4 else [image])])
-    pixels = rearrange(torch.from_numpy(pictures), "b h w c -> b c h w").to(weight.device, weight.dtype)
-    found, known = (answer.float() for answer in network(pixels))
-    if not (found.isfinite().all() and known.isfinite().all()):
-        raise AnnotatorError("the network answered with numbers that are not finite: run it in fp32, or fetch it again")
+    found, known = _finite(*network(_pixels(network, image)))
     front = found.new_tensor([0.0, 0.0, -1.0]).view(1, 3, 1, 1)
     facing = rearrange(torch.where(known > 0.5, found, front), "b c h w -> b h w c")
     return facing.contiguous().cpu().numpy().reshape(image.shape)
 
 
-def _view(rows: int, columns: int, aspect: float) -> Tensor:
-    """Where each pixel centre is, (2,rows,columns): across and down, the half diagonal being 1."""
-    diagonal = math.hypot(1, aspect)
-    across = torch.linspace(-1, 1, columns) * (aspect / diagonal * (columns - 1) / columns)
-    down = torch.linspace(-1, 1, rows) * (1 / diagonal * (rows - 1) / rows)
-    return torch.stack([across.expand(rows, -1), down[:, None].expand(-1, columns)])
+@torch.inference_mode()
+def depths(network: MoGe, image: np.ndarray) -> np.ndarray:
+    """Depth in metres (B,H,W) float32 of pictures (B,H,W,3), or of one.
+
+    Where the network knows none, as of the sky, it is infinite. Raises AnnotatorError for an answer that is not finite.
+    """
+    points, known, scale = _finite(*network.points(_pixels(network, image)))
+    found = []
+    for one, there, metres in zip(points, known[:, 0] > 0.5, scale, strict=True):
+        depth = one[2] + _shift(one, there)
+        found.append(torch.where(there & (depth > 0), depth * metres, math.inf))
+    return torch.stack(found).cpu().numpy().reshape(image.shape[:-1])
+
+
+def _pixels(network: MoGe, image: np.ndarray) -> Tensor:
+    """Pictures (B,H,W,3), or one, as (B,3,H,W), where and as the network is."""
+    weight = network.encoder.backbone.cls_token
+    pictures = np.stack([to_picture(one) for one in (image if image.ndim == 4 else [image])])
+    return rearrange(torch.from_numpy(pictures), "b h w c -> b c h w").to(weight.device, weight.dtype)
+
+
+def _finite(*answers: Tensor) -> list[Tensor]:
+    """The answers in fp32. Raises AnnotatorError for numbers that are none."""
+    if not all(answer.isfinite().all() for answer in answers):
+        raise AnnotatorError("the network answered with numbers that are not finite: run it in fp32, or fetch it again")
+    return [answer.float() for answer in answers]
+
+
+def _shift(points: Tensor, known: Tensor) -> float:
+    """How far the camera is before the plane z = 0 of points (3,H,W), where they are `known` (H,W).
+
+    From there the points are seen where they lie in the picture, as well as any focal length allows: least squares
+    (microsoft/MoGe moge/utils/geometry_torch.py, recover_focal_shift).
+    """
+    from scipy.optimize import least_squares
+
+    height, width = known.shape
+    place = view(height, width, width / height).to(points)
+    fewer = F.interpolate(torch.cat([points, place, known[None].to(points)])[None], (SHIFT_SIDE, SHIFT_SIDE))[0]
+    x, y, z, right, down, there = fewer.cpu().numpy()
+    across, away, seen = (np.stack(pair)[..., there > 0] for pair in ((x, y), (z, z), (right, down)))
+    if seen.shape[1] < 2:
+        return 0.0
+
+    def missed(shift: np.ndarray) -> np.ndarray:
+        projected = across / (away + shift)
+        return ((projected * seen).sum() / np.square(projected).sum() * projected - seen).ravel()
+
+    return float(least_squares(missed, 0.0, ftol=SHIFT_TOLERANCE, method="lm").x[0])
+
+
+def _linears(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers from width to width, ReLUs between them."""
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 def _each(setting: Any, count: int) -> list[Any]:

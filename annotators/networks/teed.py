@@ -123,7 +123,7 @@ class TEED(nn.Module):
 
 
 def build(path: Path) -> nn.Module:
-    """TEED with the weights of its 5_model.pth. Raises AnnotatorError for another file."""
+    """TEED with the weights of its 5_model.pth, or of MTEED.pth. Raises AnnotatorError for another file."""
     return learned.build(TEED, path)
 
 

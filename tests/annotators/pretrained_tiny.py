@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from transformers import (
     BeitConfig,
     BitConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
@@ -296,3 +300,48 @@ def sam2(folder: Path) -> tuple[Path, Path]:
         network.mask_decoder.iou_prediction_head.proj_out.bias.add_(3)
         network.mask_decoder.conv_s0.bias.add_(3)
     return save(network, folder)
+
+
+def marigold(folder: Path) -> list[Path]:
+    """prs-eth/marigold-normals-v1-1 with few and narrow blocks, in the order in which it is built of its files."""
+    diffusers: Any = import_module("diffusers")
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    unet = diffusers.UNet2DConditionModel(
+        in_channels=8,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        use_linear_projection=True,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32),
+        latent_channels=4,
+    )
+    randomise(text).half().save_pretrained(folder / "text_encoder", variant="fp16")
+    for part, name in ((unet, "unet"), (vae, "vae")):
+        part.half().save_pretrained(folder / name, variant="fp16")
+    diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    ).save_pretrained(folder / "scheduler")
+    said = {"prediction_type": "normals", "use_full_z_range": True, "default_denoising_steps": 2}
+    said["default_processing_resolution"] = 64
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "MarigoldNormalsPipeline", **said}))
+    names = ("text_encoder/model", "vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model")
+    parts = [(f"{name.split('/')[0]}/config.json", f"{name}.fp16.safetensors") for name in names]
+    return [folder / path for path in ("model_index.json", "scheduler/scheduler_config.json", *sum(parts, ()))]

@@ -1,9 +1,15 @@
-"""MoGe-2: its transformer against transformers' DINOv2, the published settings, colours, and files that do not fit."""
+"""MoGe-2: its transformer against transformers' DINOv2, the published settings, colours, and files that do not fit.
+
+ZEROCONV_MOGE may name a checkout of microsoft/MoGe, whose own code is then run on the same weights.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +19,9 @@ from skimage.data import astronaut
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from zeroconv.annotators import ANNOTATORS, pipeline
+from zeroconv.annotators import ANNOTATORS, depth, pipeline
 from zeroconv.annotators.images import AnnotatorError
-from zeroconv.annotators.networks import NETWORKS, moge
+from zeroconv.annotators.networks import NETWORKS, dinov2, moge
 from zeroconv.annotators.normals import normal_moge
 
 ENDS = ("weight", "bias")
@@ -49,18 +55,23 @@ def settings(width: int, layers: list[int], patches: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """A small model.pt with seeded random weights, with the heads that normals do without."""
-    said = settings(64, [0, 1], 60)
-    torch.manual_seed(0)
-    network = moge.MoGe(said, 64, 2)
+def fill(network: torch.nn.Module) -> None:
+    """Seeded random weights that keep numbers at about the same size, and small what becomes an exponent."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in network.parameters():
+        for key, weight in network.named_parameters():
             weight.normal_(0, 1.4 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.2, generator=generator)
-    unread = {"points_head.input_blocks.0.weight": torch.zeros(1), "scale_head.0.weight": torch.zeros(1)}
-    torch.save({"model_config": said, "model": {**network.state_dict(), **unread}}, tmp_path / "model.pt")
+            if key.startswith(("points_head.output_blocks.4.", "scale_head.4.")):
+                weight.mul_(0.02)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A small model.pt with seeded random weights."""
+    said = settings(64, [0, 1], 60)
+    network = moge.MoGe(said, 64, 2)
+    fill(network)
+    torch.save({"model_config": said, "model": network.state_dict()}, tmp_path / "model.pt")
     return tmp_path / "model.pt"
 
 
@@ -69,12 +80,9 @@ def photograph(height: int, width: int) -> np.ndarray:
 
 
 def test_the_published_settings_make_a_network_of_the_published_size():
-    """Of 35,103,656 weights in all, those for points and for scale are left out."""
     with torch.device("meta"):
         network = moge.MoGe(settings(384, [5, 11], 3600), 384, 12)
-        points = moge.ConvStack(settings(384, [5, 11], 3600)["points_head"])
-    scale = 2 * (384 * 384 + 384) + 384 + 1
-    assert sum(weight.numel() for module in (network, points) for weight in module.parameters()) + scale == 35_103_656
+    assert sum(weight.numel() for weight in network.parameters()) == 35_103_656
     (record,) = [network for network in NETWORKS if network.name == "moge2_small"]
     assert (record.build, record.commercial, record.files[0].name) == ("moge:build", True, "model.pt")
 
@@ -90,7 +98,7 @@ def test_the_transformer_is_dinov2(patches: tuple[int, int]):
         for weight in theirs.parameters():
             weight.normal_(0, weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5)
     weights = theirs.state_dict()
-    ours = moge.DINOv2(128, 2)
+    ours = dinov2.DINOv2(128, 2)
     ours.load_state_dict(
         {
             "cls_token": weights["embeddings.cls_token"],
@@ -104,10 +112,10 @@ def test_the_transformer_is_dinov2(patches: tuple[int, int]):
     torch.manual_seed(1)
     pixels = torch.randn(1, 3, 14 * patches[0], 14 * patches[1])
     with torch.no_grad():
-        if patches != (moge.PATCHES, moge.PATCHES):
+        if patches != (dinov2.PATCHES, dinov2.PATCHES):
             # Its places are given to theirs, so that the rest can be compared.
             theirs.embeddings.interpolate_pos_encoding = lambda *_: ours.places(*patches)  # pyright: ignore
-        reference = theirs(pixels).last_hidden_state[:, 1:]
+        reference = theirs(pixels).last_hidden_state
         found = ours(pixels, [1])[0]
     assert reference.std() > 0.05 * reference.abs().max()
     torch.testing.assert_close(found, reference, rtol=0, atol=1e-4 * float(reference.abs().max()))
@@ -132,7 +140,7 @@ def block(weights: dict[str, Tensor], i: int) -> dict[str, Tensor]:
 
 def test_views_in_numbers():
     """Pixel centres on a half diagonal of 1: a picture twice as wide as high."""
-    view = moge._view(2, 4, 2.0)  # pyright: ignore[reportPrivateUsage]
+    view = dinov2.view(2, 4, 2.0)
     half = 5**-0.5
     torch.testing.assert_close(view[0], torch.tensor([[-0.75, -0.25, 0.25, 0.75]] * 2) * 2 * half)
     torch.testing.assert_close(view[1], torch.tensor([[-0.5] * 4, [0.5] * 4]) * half)
@@ -155,15 +163,22 @@ def test_left_is_red_up_is_green_front_is_blue(
     np.testing.assert_allclose(hint[:, 32:], np.broadcast_to((0.5, 0.5, 1), (64, 32, 3)), atol=1e-6)
 
 
-def test_from_a_photograph_to_a_hint(file: Path):
-    (record,) = [record for record in ANNOTATORS if record.name == "normal_moge"]
+NAMES = [record.name for record in ANNOTATORS if "moge2_small" in record.networks]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_a_photograph_to_a_hint(name: str, file: Path):
+    (record,) = [record for record in ANNOTATORS if record.name == name]
     network: Any = moge.build(file)
     assert not network.training and all(weight.dtype == torch.float32 for weight in network.parameters())
     picture = astronaut()[:300, :410]
     before = picture.copy()
     hint, _ = pipeline.annotate(record, picture, 96, networks=[network])
     assert hint.shape == (96, 131, 3) and hint.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(hint * 2 - 1, axis=2), 1, atol=1e-3)
+    if name == "normal_moge":
+        np.testing.assert_allclose(np.linalg.norm(hint * 2 - 1, axis=2), 1, atol=1e-3)
+    else:
+        assert hint.min() == 0 and hint.max() == 1
     np.testing.assert_array_equal(pipeline.annotate(record, picture, 96, networks=[network])[0], hint)
     np.testing.assert_array_equal(picture, before)
     other, _ = pipeline.annotate(record, picture[:, ::-1], 96, networks=[network])
@@ -173,8 +188,9 @@ def test_from_a_photograph_to_a_hint(file: Path):
 def test_an_answer_that_is_none_is_told(file: Path):
     network: Any = moge.build(file)
     network.encoder.backbone.norm.bias.fill_(torch.nan)
-    with pytest.raises(AnnotatorError, match="the network answered with numbers that are not finite"):
-        normal_moge(network, photograph(64, 64))
+    for function in (normal_moge, depth.depth_moge):
+        with pytest.raises(AnnotatorError, match="the network answered with numbers that are not finite"):
+            function(network, photograph(64, 64))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +198,9 @@ def test_an_answer_that_is_none_is_told(file: Path):
     [
         lambda said: said["model"].pop("encoder.backbone.norm.bias"),
         lambda said: said["model"].update(unknown=torch.zeros(1)),
+        lambda said: said["model"].pop("scale_head.0.weight"),
         lambda said: said["model_config"].pop("normal_head"),
+        lambda said: said["model_config"].update(remap_output="linear"),
         lambda said: said["model_config"]["neck"].update(resamplers="max_pool"),
         lambda said: said.pop("model"),
     ],
@@ -196,3 +214,97 @@ def test_other_files_are_named(file: Path, change: Callable[[dict[str, Any]], An
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(AnnotatorError, match=r"model\.pt is no MoGe-2 with normals"):
         moge.build(file)
+
+
+# -- depth -------------------------------------------------------------------------------------------------------------
+
+
+def seen_from(height: int, width: int, focal: float) -> tuple[np.ndarray, Tensor]:
+    """A ball of radius 1 before a slanted wall: depths (H,W), and their points (3,H,W) in the camera's own frame.
+
+    `focal` is in half diagonals of the picture.
+    """
+    half = np.hypot(height, width) / 2
+    down, right = ((np.arange(side) + 0.5 - side / 2) / half / focal for side in (height, width))
+    right, down = np.meshgrid(right, down)
+    wall = 6 / (1 - 0.4 * right)
+    # |depth * (right, down, 1) - (0, 0, 3)| = 1
+    square, halved = right**2 + down**2 + 1, 3.0
+    inside = halved**2 - 8 * square
+    ball = (halved - np.sqrt(inside.clip(0))) / square
+    depths = np.where(inside > 0, ball, wall).astype(np.float32)
+    points = np.stack([depths * right, depths * down, depths]).astype(np.float32)
+    return depths, torch.from_numpy(points)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (120, 80)])
+@pytest.mark.parametrize("focal", [0.7, 1.8])
+def test_depth_is_that_from_the_camera_in_metres(
+    size: tuple[int, int], focal: float, file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Points whose origin lies 1.5 of their units behind the camera, which are 2 and 3 metres."""
+    network: Any = moge.build(file)
+    expected, points = seen_from(*size, focal)
+    moved = points - torch.tensor([0, 0, 1.5]).view(3, 1, 1)
+    known = torch.ones(2, 1, *size)
+    known[:, :, :, :5] = 0.4
+    answer = (torch.stack([moved, moved]), known, torch.tensor([2.0, 3.0]))
+    monkeypatch.setattr(network, "points", lambda _: answer)
+    found = moge.depths(network, np.zeros((2, *size, 3), np.float32))
+    assert found.shape == (2, *size) and found.dtype == np.float32 and np.isinf(found[:, :, :5]).all()
+    for one, metres in zip(found, (2, 3), strict=True):
+        np.testing.assert_allclose(one[:, 5:], metres * expected[:, 5:], rtol=2e-3)
+    inverse = depth.depth_moge(network, np.zeros((2, *size, 3), np.float32))
+    np.testing.assert_array_equal(inverse, 1 / found)
+    assert not inverse[:, :, :5].any()
+
+
+def test_of_an_unknown_world_the_hint_is_black(file: Path, monkeypatch: pytest.MonkeyPatch):
+    network: Any = moge.build(file)
+    answer = (torch.ones(1, 3, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1))
+    monkeypatch.setattr(network, "points", lambda _: answer)
+    seen = depth.depth_moge(network, np.zeros((32, 32, 3), np.float32))
+    for farthest in (0.0, 10.0):
+        (hint,) = depth.moge_hints([seen], farthest=farthest)
+        assert hint.shape == (32, 32, 3) and not hint.any()
+
+
+def test_hints_in_numbers():
+    metres = np.array([[0.5, 1, 2, 4, np.inf]], np.float32)
+    (hint,) = depth.moge_hints([1 / metres], farthest=4.0)
+    np.testing.assert_allclose(hint[0, :, 0], [0.875, 0.75, 0.5, 0, 0], atol=1e-6)
+    # Of a hundred numbers 1 to 100 and one of 10000, the last one is no bound.
+    (hint,) = depth.moge_hints([np.append(np.arange(1.0, 101), 10000)[None].astype(np.float32)])
+    np.testing.assert_allclose(hint[0, [0, 50, 99, 100], 0], [0, 50 / 99, 1, 1], atol=1e-6)
+    first, second = depth.moge_hints([np.array([[1.0, 2.0]]), np.array([[2.0, 5.0]])], "batch")
+    middle = 1 / (float(np.percentile([1, 5], 99)) - 1)  # of each picture every second number, first or second
+    np.testing.assert_allclose([first[0, :, 0], second[0, :, 0]], [[0, middle], [middle, 1]], atol=1e-6)
+
+
+@pytest.mark.skipif("ZEROCONV_MOGE" not in os.environ, reason="ZEROCONV_MOGE names no checkout of microsoft/MoGe")
+@pytest.mark.parametrize("size", [(96, 144), (150, 100)])
+def test_all_answers_are_those_of_the_authors_code(
+    size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of the published size, with seeded random weights under the authors' own keys."""
+    # Their pictures of cameras, which nothing of this compares.
+    cameras = SimpleNamespace(intrinsics_from_focal_center=lambda *_: torch.eye(3)[None])
+    monkeypatch.setitem(sys.modules, "utils3d", SimpleNamespace(pt=cameras))
+    monkeypatch.syspath_prepend(os.environ["ZEROCONV_MOGE"])
+    from moge.model.v2 import MoGeModel  # pyright: ignore[reportMissingImports]
+
+    said = settings(384, [5, 11], 60)
+    theirs = MoGeModel(**said).eval()
+    fill(theirs)
+    torch.save({"model_config": said, "model": theirs.state_dict()}, tmp_path / "model.pt")
+    ours: Any = moge.build(tmp_path / "model.pt")
+    image = photograph(*size)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    reference = theirs.infer(pixels, use_fp16=False, force_projection=False)
+    known = reference["mask"].numpy()
+    assert 0.05 < known.mean() < 0.95
+    found = moge.depths(ours, image)
+    np.testing.assert_array_equal(np.isfinite(found), known)
+    assert np.std(found[known]) > 0.05 * np.mean(found[known])
+    np.testing.assert_allclose(found[known], reference["depth"].numpy()[known], rtol=1e-3)
+    np.testing.assert_allclose(moge.normals(ours, image)[known], reference["normal"].numpy()[known], atol=1e-4)

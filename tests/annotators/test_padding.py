@@ -17,7 +17,16 @@ from zeroconv.annotators.images import pad_to_multiple
 from .seeded import record
 
 LEARNED = [annotator for annotator in ANNOTATORS if annotator.networks]
-CONVOLUTIONAL = ("hed", "mlsd", "scribble_hed", "lineart_realistic", "lineart_coarse", "teed")
+CONVOLUTIONAL = (
+    "hed",
+    "mlsd",
+    "scribble_hed",
+    "lineart_realistic",
+    "lineart_coarse",
+    "lineart_manga",
+    "teed",
+    "anyline",
+)
 
 
 def seen_by(annotator: Annotator, picture: np.ndarray, resolution: int) -> np.ndarray:

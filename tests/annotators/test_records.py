@@ -14,6 +14,7 @@ NAMES = """
     lineart_realistic lineart_coarse lineart_anime normal_from_depth depth_large depth_small depth_anything depth_zoe
     normal_midas normal_moge superpixels segments_ade20k segments_coco pose human_pose inpaint tile blur luminance
     intensity color shuffle invert teed dwpose segments_sam2 mask_sam2 inpaint_lama
+    depth_moge anyline lineart_manga normal_marigold depth_anything_3
 """
 WIDGETS = """
     canny_low canny_high canny_backend
@@ -33,6 +34,8 @@ WIDGETS = """
     teed_safe
     dwpose_detection_threshold dwpose_keypoint_threshold dwpose_body dwpose_hands dwpose_face dwpose_xinsir_sticks
     segments_sam2_points segments_sam2_confidence segments_sam2_colours segments_sam2_seed inpaint_lama_detail
+    depth_moge_range depth_moge_farthest anyline_smallest normal_marigold_seed
+    depth_anything_3_range
 """
 """As saved workflows count them: this list may grow at its end and changes in no other way."""
 EACH = pytest.mark.parametrize("record", ANNOTATORS, ids=[record.name for record in ANNOTATORS])

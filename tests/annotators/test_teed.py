@@ -1,4 +1,4 @@
-"""TEED against controlnet-aux on seeded random weights, layer by layer and as a hint."""
+"""TEED against controlnet-aux on seeded random weights, layer by layer and as a hint, and AnyLine upon it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zeroconv.annotators import pipeline
-from zeroconv.annotators.hed import teed
+from zeroconv.annotators.hed import anyline, teed
 from zeroconv.annotators.images import AnnotatorError
 from zeroconv.annotators.networks import NETWORKS
 from zeroconv.annotators.networks.teed import TEED, Smish, build
@@ -100,4 +100,55 @@ def test_it_is_the_size_of_the_published_file_and_free_to_use():
     count = sum(value.numel() for value in TEED().state_dict().values())
     assert count == 58_910  # as the paper says
     assert 0 < network.files[0].size - 4 * count < 20_000
+    assert network.licence.startswith("MIT") and network.commercial
+
+
+# -- AnyLine -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(512, 512), (256, 384)])
+def test_anyline_is_the_published_mixture_of_controlnet_auxs_parts(size: tuple[int, int], tmp_path: Path):
+    """As TheMistoAI/ComfyUI-Anyline mixes them, in 0..1: controlnet-aux's own does so in bytes, which overflow."""
+    from controlnet_aux import LineartStandardDetector, TEEDdetector
+    from skimage.morphology import remove_small_objects
+
+    networks, image, side = load("anyline", tmp_path), photograph(*size), min(size)
+    detector: Any = TEEDdetector.from_pretrained(str(tmp_path / "Anyline"), "MTEED.pth")
+    soft = detector(image, side, output_type="np") / 255
+    fine: Any = LineartStandardDetector()(image, 2.0, 3, side, output_type="np")
+    kept = fine * remove_small_objects(fine.astype(bool), max_size=35, connectivity=1) / 255
+    assert (fine > 0).sum() > (kept > 0).sum() > 0.05 * fine.size  # some were too small
+    reference = 255 * (1 - (1 - soft) * (1 - kept))
+    # A level more or less of soft edges where theirs are cut off; no line of theirs is missing, and none too many.
+    assert_agrees(hint_of("anyline", networks, image), reference.astype(np.float32), levels=2.0)
+
+
+def test_small_lines_are_left_out_and_large_ones_stay(tmp_path: Path):
+    """Two dark bars on light, of 5 and of 60 pixels."""
+    (network,) = load("anyline", tmp_path)
+    image = np.full((64, 128, 3), 200, np.uint8)
+    image[30, 20:25] = image[30, 50:110] = 0
+    blank = np.full((64, 128, 3), 200, np.uint8)
+    for weight in network.parameters():  # logits of 0 everywhere, which is one level of soft edges
+        weight.zero_()
+    levels = {smallest: anyline(network, image, smallest)[30, :, 0] for smallest in (0, 12, 1000)}
+    ground = anyline(network, blank)[30, 0, 0]
+    assert (levels[0][20:25] > ground + 0.1).all() and (levels[0][50:110] > ground + 0.1).all()
+    np.testing.assert_allclose(levels[12][15:30], ground)
+    np.testing.assert_array_equal(levels[12][50:110], levels[0][50:110])
+    np.testing.assert_allclose(levels[1000], ground)
+
+
+def test_anyline_of_several_pictures_is_that_of_each(tmp_path: Path):
+    networks = load("anyline", tmp_path)
+    pictures = [photograph(128, 192), photograph(192, 256)[-128:, -192:]]
+    both = [hint for hint, _ in pipeline.see(record("anyline"), pictures, networks=networks)]
+    for picture, hint in zip(pictures, both, strict=True):
+        assert np.mean(np.abs(hint - hint_of("anyline", networks, picture)) > 0.5 / 255) < 1e-3
+    assert np.abs(both[0] - both[1]).mean() > 0.02
+
+
+def test_mteed_has_teeds_size_and_is_free_to_use():
+    (network,) = [network for network in NETWORKS if network.name == "mteed"]
+    assert 0 < network.files[0].size - 4 * 58_910 < 20_000
     assert network.licence.startswith("MIT") and network.commercial

@@ -63,7 +63,7 @@ def nearing(count: int = 8) -> list[np.ndarray]:
     return frames
 
 
-@pytest.mark.parametrize("draw", [depth.stretched_hints, depth.metric_hints])
+@pytest.mark.parametrize("draw", [depth.stretched_hints, depth.metric_hints, depth.inverse_hints])
 def test_with_the_range_of_the_batch_the_wall_does_not_flicker(draw: Any):
     def flicker(name: str) -> float:
         greys = np.stack([hint[:16] for hint in draw(nearing(), name)])
@@ -79,7 +79,7 @@ def test_with_the_range_of_the_batch_the_wall_does_not_flicker(draw: Any):
 
 def test_one_picture_has_the_same_hint_with_either_range():
     for frame in nearing(3):
-        for draw in (depth.stretched_hints, depth.metric_hints):
+        for draw in (depth.stretched_hints, depth.metric_hints, depth.inverse_hints):
             (one,), (other,) = draw([frame], "picture"), draw([frame], "batch")
             np.testing.assert_array_equal(one, other)
 

@@ -30,9 +30,9 @@ from zeroconv.annotators.networks import NETWORKS, File, Network, moge
 from zeroconv.benchmarks import weights
 
 from ..annotators import pretrained_tiny as tiny
-from ..annotators import scripted_tiny
+from ..annotators import scripted_tiny, test_depth_anything_3
 from ..annotators.loopback_hub import LoopbackHub, loopback_hub, set_offline
-from ..annotators.test_moge import settings
+from ..annotators.test_moge import fill, settings
 
 LEARNED = [annotator for annotator in ANNOTATORS if annotator.networks]
 HINT = (1, 64, 85, 3)
@@ -60,13 +60,23 @@ def anime(folder: Path) -> None:
     torch.save({f"module.{key}": window(shape) for key, shape in shapes.items()}, folder / "netG.pth")
 
 
+def manga(folder: Path) -> None:
+    """erika.pth with its published keys and shapes, 173 MB: windows of short rows of numbers that are spread alike."""
+    numbers, rows = torch.randn(80_000, generator=torch.Generator().manual_seed(0)), {}
+
+    def window(weight: torch.Tensor) -> torch.Tensor:
+        if weight.numel() < 1000:
+            return weight
+        spread = float(f"{float(weight.std()):.1e}")
+        return rows.setdefault(spread, numbers * spread).as_strided(weight.shape, (41, 61, 4, 1))
+
+    torch.save({key: window(weight) for key, weight in weights.manga().items()}, folder / "erika.pth")
+
+
 def moge_with_normals(folder: Path) -> None:
     said = settings(64, [0, 1], 60)
     network = moge.MoGe(said, 64, 2)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.normal_(0, 1.4 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.2, generator=generator)
+    fill(network)
     torch.save({"model_config": said, "model": network.state_dict()}, folder / "model.pt")
 
 
@@ -84,12 +94,16 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "lineart_realistic": lambda folder: weights.write(folder, ["sk_model.pth"]),
     "lineart_coarse": lambda folder: weights.write(folder, ["sk_model2.pth"]),
     "lineart_anime": anime,
+    "lineart_manga": manga,
     "teed": lambda folder: weights.write(folder, ["5_model.pth"]),
+    "mteed": lambda folder: weights.write(folder, ["Anyline/MTEED.pth"]),
     "dpt_large": lambda folder: tiny.dpt(folder, hybrid=False),
     "dpt_hybrid": lambda folder: tiny.dpt(folder, hybrid=True),
     "depth_anything_v2_small": tiny.depth_anything,
+    "depth_anything_3_small": test_depth_anything_3.write,
     "zoedepth": tiny.zoe,
     "moge2_small": moge_with_normals,
+    "marigold_normals": tiny.marigold,
     "oneformer_ade20k": lambda folder: tiny.oneformer(folder, 150),
     "oneformer_coco": oneformer_coco,
     "sam2_tiny": tiny.sam2,

@@ -32,7 +32,7 @@ MEASURED = """
     blur_kind threshold_around
     teed_safe
     dwpose_detection_threshold dwpose_keypoint_threshold dwpose_body dwpose_hands dwpose_face
-    dwpose_xinsir_sticks
+    dwpose_xinsir_sticks anyline_smallest normal_marigold_seed
 """
 """Parameters of the annotators that results are measured with."""
 CONTRACT = {
@@ -114,6 +114,8 @@ CONTRACT = {
             *("dwpose_body", "dwpose_hands", "dwpose_face", "dwpose_xinsir_sticks"),
             *("segments_sam2_points", "segments_sam2_confidence", "segments_sam2_colours", "segments_sam2_seed"),
             "inpaint_lama_detail",
+            *("depth_moge_range", "depth_moge_farthest", "anyline_smallest", "normal_marigold_seed"),
+            "depth_anything_3_range",
             *("mask", "pose_keypoints", "latent"),
         ],
         ["hint", "pose_keypoints"],
