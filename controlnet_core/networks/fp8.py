@@ -24,6 +24,8 @@ STORED = torch.float8_e4m3fn
 class InFp8(nn.Module):
     """A layer, locked, its weight times `weight_scale` in fp8."""
 
+    weight: Tensor
+
     def __init__(self, *sizes: Any, **place: Any):
         super().__init__(*sizes, **place)
         self.register_buffer("weight_scale", torch.empty((), device=self.weight.device))

@@ -148,7 +148,8 @@ def test_a_decoder_makes_pictures_of_what_the_unet_sees(tmp_path: Path, monkeypa
     latents = torch.randn(2, 4, 4, 6)
     with torch.no_grad():
         expected = (vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
-    decode, seen = AutoencoderKL.decode, []
+    decode: Any = AutoencoderKL.decode
+    seen: list[int] = []
 
     def spy(self: Any, latents: torch.Tensor) -> Any:
         seen.append(len(latents))
