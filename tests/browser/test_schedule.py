@@ -147,11 +147,16 @@ def test_points_come_and_go_and_words_stay(page: FrontEnd):
     set_to(page, curve="bell")
     wait_for_points(page, (0, 0), (0.5, 1), (1, 0))
     page.page.mouse.dblclick(*page.run(SCREEN, (0.75, 0.8)))
-    assert page.run(SENT)["keyframes"] == "0: 0 ease\n0.5: 1 ease\n0.75: 0.8 ease\n1: 0"
-    wait_for_points(page, (0, 0), (0.5, 1), (0.75, 0.8), (1, 0))
+    *around, put = (parse(page.run(SENT)["keyframes"])[i] for i in (0, 1, 3, 2))
+    assert tuple(around) == CURVES["bell"]
+    # The browser tells of a double click in whole pixels.
+    assert (put.position, put.value) == (pytest.approx(0.75, abs=0.015), pytest.approx(0.8, abs=0.015))
+    assert put.interpolation == "ease"
+    new = (put.position, put.value)
+    wait_for_points(page, (0, 0), (0.5, 1), new, (1, 0))
     page.page.mouse.dblclick(*page.run(SCREEN, (0.5, 1)))
-    assert page.run(SENT)["keyframes"] == "0: 0 ease\n0.75: 0.8 ease\n1: 0"
-    wait_for_points(page, (0, 0), (0.75, 0.8), (1, 0))
+    assert page.run(SENT)["keyframes"] == f"0: 0 ease\n{put.position}: {put.value} ease\n1: 0"
+    wait_for_points(page, (0, 0), new, (1, 0))
 
 
 def test_steps_are_dragged_one_by_one(page: FrontEnd):
