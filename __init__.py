@@ -10,10 +10,11 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     try:
-        from .nodes import NODES
-        from .nodes.host import examples, files
+        from .nodes import NODES, dosing
+        from .nodes.host import asked, examples, files
 
         files.register_lab()
+        asked.answer("schedule", dosing.asked)
         examples.lend_examples()
     except Exception:
         # The host would lose the whole pack with one line in the log.

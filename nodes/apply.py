@@ -12,6 +12,7 @@ from ..controlnet_core.dosing.block_weights import BlockWeights
 from ..controlnet_core.dosing.schedule import Schedule
 from ..controlnet_core.dosing.strength import GUIDANCE, MOST_REUSED, Guidance, Strength
 from ..controlnet_core.dosing.window import UNITS, Unit, Window
+from . import seen
 from .host import attach as host_attach
 from .host import given
 from .host import stack as host_stack
@@ -131,6 +132,10 @@ class Inputs:
         strength = Strength(self.strength, window, self.guidance, mask, self.schedule, self.block_weights, self.reuse)
         return [*entries, host_stack.entry(self.control_net, self.image, strength, self.resize)]
 
+    def shown(self, node: type[io.ComfyNode], entries: list[host_stack.Entry]) -> dict[str, Any]:
+        """What `node` shows of a hint of its own; `entries` were made of these inputs."""
+        return seen.stacked() if self.control_net is None else seen.shown(node, entries[-1])
+
 
 class ApplyControl(io.ComfyNode):
     """Controls everything that this model samples."""
@@ -166,8 +171,10 @@ class ApplyControl(io.ComfyNode):
                 f"the controlled model goes into {lost}, which takes nothing but weights of it, and control would be "
                 "lost: apply control behind the merge"
             )
-        controls = host_stack.controls(Inputs(**inputs).entries(), vae)
-        return io.NodeOutput(host_attach.attach_to_model(model, controls))
+        own = Inputs(**inputs)
+        entries = own.entries()
+        controls = host_stack.controls(entries, vae)
+        return io.NodeOutput(host_attach.attach_to_model(model, controls), ui=own.shown(cls, entries))
 
 
 class ApplyControlToPrompt(io.ComfyNode):
@@ -195,8 +202,10 @@ class ApplyControlToPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive: Any, negative: Any, vae: Any = None, **inputs: Any) -> io.NodeOutput:
-        controls = host_stack.controls(Inputs(**inputs).entries(), vae)
-        return io.NodeOutput(*host_attach.attach_to_prompt(positive, negative, controls))
+        own = Inputs(**inputs)
+        entries = own.entries()
+        controls = host_stack.controls(entries, vae)
+        return io.NodeOutput(*host_attach.attach_to_prompt(positive, negative, controls), ui=own.shown(cls, entries))
 
 
 class StackControls(io.ComfyNode):
@@ -215,4 +224,6 @@ class StackControls(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(Inputs(**inputs).entries())
+        own = Inputs(**inputs)
+        entries = own.entries()
+        return io.NodeOutput(entries, ui=own.shown(cls, entries))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 from comfy_api.latest import io, ui
 
@@ -31,6 +33,47 @@ def _numbers(text: str, name: str) -> tuple[float, ...]:
         raise NumbersError(
             f'{name} takes numbers between commas, such as "1, 0.5, 0"; found "{text.strip()}"'
         ) from None
+
+
+POINTS = 200
+"""Equal parts of a drawn curve."""
+
+AXES = {"window": "part of the control's window", "percent": "part of sampling", "step": "step"}
+
+
+def made(curve: str, keyframes: str, unit: str, per_image: str) -> Schedule:
+    """The schedule that the inputs of Control Schedule mean."""
+    if curve != CUSTOM and unit == "step":
+        raise ScheduleError(
+            f'the curve "{curve}" runs from 0 to 1 and unit is step: set unit to window or percent, '
+            "or curve to custom with keyframes in steps"
+        )
+    frames = parse(keyframes) if curve == CUSTOM else CURVES[curve]
+    return Schedule(frames, unit, _numbers(per_image, "per_image"))  # type: ignore[arg-type]
+
+
+def drawn(schedule: Schedule) -> dict[str, Any]:
+    """What web/schedule.js draws of a schedule, for JSON.
+
+    `points` are positions and values of the line from 0 to `right`, jumps upright; `top` is above all of them.
+    """
+    places = [keyframe.position for keyframe in schedule.keyframes]
+    right = max(10, math.ceil(1.25 * places[-1])) if schedule.unit == "step" else 1  # room to drag the last step on
+    around = [place for here in places for place in (math.nextafter(here, 0), here)]
+    positions = sorted({*(right * i / POINTS for i in range(POINTS + 1)), *around})
+    return {
+        "keyframes": [(each.position, each.value, each.interpolation) for each in schedule.keyframes],
+        "points": [(position, schedule.at(position)) for position in positions],
+        "right": right,
+        "top": max(1, *(math.ceil(keyframe.value) for keyframe in schedule.keyframes)),
+        "axis": AXES[schedule.unit],
+        "per_image": schedule.per_image,
+    }
+
+
+def asked(**inputs: str) -> dict[str, Any]:
+    """What the page draws for the values of Control Schedule's widgets."""
+    return drawn(made(**inputs))
 
 
 class ControlSchedule(io.ComfyNode):
@@ -78,14 +121,8 @@ class ControlSchedule(io.ComfyNode):
 
     @classmethod
     def execute(cls, curve: str, keyframes: str, unit: str, per_image: str) -> io.NodeOutput:
-        if curve != CUSTOM and unit == "step":
-            raise ScheduleError(
-                f'the curve "{curve}" runs from 0 to 1 and unit is step: set unit to window or percent, '
-                "or curve to custom with keyframes in steps"
-            )
-        frames = parse(keyframes) if curve == CUSTOM else CURVES[curve]
-        schedule = Schedule(frames, unit, _numbers(per_image, "per_image"))  # type: ignore[arg-type]
-        return io.NodeOutput(schedule, ui=ui.PreviewImage(pictures.curve(schedule), cls=cls))
+        schedule = made(curve, keyframes, unit, per_image)
+        return io.NodeOutput(schedule, ui={"curve": [drawn(schedule)]})
 
 
 class ControlBlockWeights(io.ComfyNode):

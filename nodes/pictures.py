@@ -1,4 +1,4 @@
-"""Small pictures of what nodes make: a schedule's curve, block weights as bars, a record of residuals as a heat map."""
+"""Small pictures of what nodes make: block weights as bars, a record of residuals as a heat map."""
 
 from __future__ import annotations
 
@@ -11,57 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..controlnet_core.dosing.record import Panel
-from ..controlnet_core.dosing.schedule import Schedule
 
 BACKGROUND, PAPER, GRID, QUIET, TEXT = "#1f2126", "#2a2d33", "#43474f", "#a9afba", "#f1f3f5"
-LINE, DOT = "#ffb454", "#fff1dc"
+LINE = "#ffb454"
 SMALL, BIG = 11, 13  # of letters, in pixels
-FINE = 4  # curves are drawn this much larger and then made smaller, for smooth lines
 
 SCALE = np.array([(20, 24, 60), (66, 40, 120), (150, 48, 120), (222, 83, 84), (250, 150, 60), (252, 230, 140)])
 """Colours of a heat map from nothing to most: ever lighter, so that it reads in grey too."""
-
-POSITION_LABELS = {"window": "part of the control's window", "percent": "sampling percent, 0 to 1", "step": "step"}
-
-
-def curve(schedule: Schedule) -> Tensor:
-    """The strength over the positions of `schedule` with its keyframes as dots: an IMAGE (1,256,512,3) in 0..1."""
-    width, height = 512, 256
-    left, top, right, bottom = 46, 30, width - 18, height - 44
-    last = max(1.0, schedule.keyframes[-1].position)
-    most = _nice(max(1.0, *(keyframe.value for keyframe in schedule.keyframes)))
-
-    def place(position: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * position / last, bottom - (bottom - top) * value / most
-
-    fine = Image.new("RGB", (width * FINE, height * FINE), BACKGROUND)
-    pen = ImageDraw.Draw(fine)
-    pen.rectangle(_times(FINE, left, top, right, bottom), fill=PAPER)
-    ticks = _steps(last) if schedule.unit == "step" else [0, 0.25, 0.5, 0.75, 1]
-    levels = [most * i / 4 for i in range(5)]
-    for tick in ticks:
-        pen.line(_times(FINE, *place(tick, 0), *place(tick, most)), fill=GRID, width=FINE)
-    for level in levels:
-        pen.line(_times(FINE, *place(0, level), *place(last, level)), fill=GRID, width=FINE)
-    positions = np.linspace(0, last, 2 * (right - left) + 1).tolist()
-    points = [_times(FINE, *place(p, schedule.at(p))) for p in positions]
-    pen.line([tuple(point) for point in points], fill=LINE, width=2 * FINE, joint="curve")
-    for keyframe in schedule.keyframes:
-        x, y = place(keyframe.position, keyframe.value)
-        pen.ellipse(_times(FINE, x - 4, y - 4, x + 4, y + 4), fill=DOT, outline=LINE, width=FINE)
-
-    picture = fine.resize((width, height), Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(picture)
-    for tick in ticks:
-        _write(draw, place(tick, 0)[0], bottom + 6, f"{tick:g}", "ma")
-    for level in levels:
-        _write(draw, left - 6, place(0, level)[1], f"{level:g}", "rm")
-    _write(draw, left, 8, "strength times", "la", BIG, TEXT)
-    if schedule.per_image:
-        factors = ", ".join(f"{factor:g}" for factor in schedule.per_image)
-        _write(draw, right, 8, _fitted(draw, f"pictures: {factors}", right - left - 120), "ra", BIG, QUIET)
-    _write(draw, (left + right) / 2, height - 20, POSITION_LABELS[schedule.unit], "ma", BIG, TEXT)
-    return _tensor(picture)
 
 
 def bars(panels: Sequence[tuple[str, Sequence[float]]]) -> Tensor:
@@ -171,16 +127,6 @@ def _nice(number: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(number))
     return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= number * (1 - 1e-9))
-
-
-def _steps(last: float) -> list[int]:
-    """Whole numbers from 0 to `last`, ten or so at most."""
-    apart = max(1, math.ceil(last / 10))
-    return list(range(0, int(last) + 1, apart))
-
-
-def _times(factor: int, *numbers: float) -> list[float]:
-    return [factor * number for number in numbers]
 
 
 def _write(

@@ -6,7 +6,7 @@ import { app } from "../../scripts/app.js";
 const SIZES = {
   ControlBlockWeights: [360, 520],
   ControlReport: [480, 960],
-  ControlSchedule: [360, 560],
+  ControlSchedule: [360, 480],
   EditPose: [440, 640],
   InspectControl: [460, 360],
   TrainControlNet: [480, 760],

@@ -76,7 +76,6 @@ def test_a_workflow_loads_and_becomes_its_twin(path: Path, front_end: FrontEnd):
         (
             "dosing",
             {
-                "Control Schedule for depth": [512, 256],
                 "Control Block Weights for pose": [512, 156],
                 "depth hint": [128, 128],
                 "pose hint": [128, 128],

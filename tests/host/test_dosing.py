@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,21 +123,28 @@ def shown(host: Host, node: str, *values: Any) -> Path:
 def test_the_nodes_show_their_pictures(host: Host):
     from PIL import Image
 
-    assert Image.open(shown(host, "ControlSchedule", "bell", "", "window", "")).size == (512, 256)
     assert Image.open(shown(host, "ControlBlockWeights", "soft", 0.8, "", 1.0)).size == (512, 306)
     assert Image.open(shown(host, "ControlBlockWeights", "custom", 0.8, "1 1 1", 1.0)).size == (512, 156)
 
 
-def test_a_curve_is_drawn_where_its_values_are(host: Host):
-    """The paper is 46..494 across for 0..1, and 212..30 down for 0..1."""
-    from zeroconv.nodes import pictures
+@pytest.mark.parametrize("name", CURVES)
+def test_a_curve_is_drawn_where_its_values_are(host: Host, name: str):
+    (told,) = host.ours["ControlSchedule"].execute(name, "", "window", "").ui["curve"]
+    schedule = Schedule(CURVES[name])
+    assert all(value == schedule.at(position) for position, value in told["points"])
+    places = [position for position, _ in told["points"]]
+    assert places == sorted(set(places))
+    assert (places[0], places[-1]) == (0, 1)
+    assert max(b - a for a, b in pairwise(places)) < 0.006
+    assert told["keyframes"] == [(each.position, each.value, each.interpolation) for each in schedule.keyframes]
+    assert (told["right"], told["top"]) == (1, 1)
 
-    line = painted(pictures.curve(Schedule(CURVES["fade out"])), within=24)
-    for x in (100, 200, 300, 400):
-        (rows,) = line[:, x].nonzero(as_tuple=True)
-        assert rows.float().mean().item() == pytest.approx(30 + (212 - 30) * (x - 46) / (494 - 46), abs=1.5)
-    other = painted(pictures.curve(Schedule(CURVES["fade in"])), within=24)
-    assert not torch.equal(line, other)
+
+def test_a_curve_in_steps_has_room_behind_its_last_point(host: Host):
+    (told,) = host.ours["ControlSchedule"].execute("custom", "0: 1 hold, 20: 2.5", "step", "1, 0.5").ui["curve"]
+    assert (told["right"], told["top"], told["axis"], told["per_image"]) == (25, 3, "step", (1.0, 0.5))
+    jump = [value for position, value in told["points"] if 19.99 < position <= 20]
+    assert jump == [1, 2.5]
 
 
 def test_bars_are_as_high_as_their_weights(host: Host):
