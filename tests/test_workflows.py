@@ -180,6 +180,15 @@ def test_own_workflows_start_from_a_file_that_ships_and_link_the_others(name: st
     assert set(re.findall(HUB, note["widgets_values"][0])) == needed
 
 
+@pytest.mark.parametrize("name", OWN[2:])
+def test_a_photograph_of_any_size_is_made_small_enough_to_be_encoded(name: str):
+    graph = read_api(name)
+    (picture,) = [i for i, node in graph.items() if node["class_type"] in ("LoadImage", "GetVideoComponents")]
+    readers = [node for node in graph.values() if [picture, 0] in node["inputs"].values()]
+    assert [node["class_type"] for node in readers] == ["ImageScaleToMaxDimension"]
+    assert readers[0]["inputs"]["largest_size"] == 768
+
+
 def test_the_users_own_come_first():
     assert sorted(NAMES)[: len(OWN)] == list(OWN)
 
@@ -306,6 +315,7 @@ def with_the_lab(graph: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         "text": lambda _: "",
         "width": lambda _: SIDE,
         "height": lambda _: SIDE,
+        "largest_size": lambda _: SIDE,
         "steps": lambda _: 2,
     }
     typed = "SetUnionControlNetType"  # refuses what is no Union

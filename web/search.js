@@ -17,8 +17,12 @@ const HINTS = {
   "Tile": "tile",
   "Inpaint": "inpaint",
 };
-/** Kinds of files that Load ControlNet reads, too. */
-const FILES = ["ControlNet", "T2I-Adapter", "Control-LoRA"];
+/** Kinds of files that Load ControlNet reads, and what their entries are called: the page names the pack beside each. */
+const FILES = {
+  "ControlNet": "ControlNet", // only the very word comes before the host's own nodes that begin with it
+  "T2I-Adapter": "T2I-Adapter (ZeroConv)",
+  "Control-LoRA": "Control-LoRA (ZeroConv)",
+};
 
 /** The entries by name, with the pack's node and what is chosen in it. */
 const ENTRIES = Object.fromEntries([
@@ -26,9 +30,9 @@ const ENTRIES = Object.fromEntries([
     `ZeroConv.${annotator}`,
     { title: `${what} hint (ZeroConv)`, node: "Annotate", chosen: { annotator } },
   ]),
-  ...FILES.map((kind) => [
+  ...Object.entries(FILES).map(([kind, title]) => [
     `ZeroConv.${kind}`,
-    { title: `${kind} (ZeroConv)`, node: "LoadControlNet", chosen: {} },
+    { title, node: "LoadControlNet", chosen: {} },
   ]),
 ]);
 

@@ -27,10 +27,12 @@ WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 SHORT = ("canny", "compare", "depth_pose", "dosing", "make_control")  # run in seconds, with no file of the user's
 READABLE = 0.6  # below this zoom the canvas draws no text
 
-LOAD = """async ([workflow, vue]) => {
+WIDE = ("compare", "dosing")  # too many columns for a page that leaves a quarter of the screen empty around them
+
+LOAD = """async ([workflow, vue, from = {}]) => {
     await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
     await app.extensionManager.setting.set('Comfy.Minimap.Visible', false);
-    await app.loadGraphData(workflow);
+    await app.loadGraphData(workflow, true, true, null, from);
     document.querySelectorAll('.p-toast').forEach(toast => toast.remove());
 }"""
 # What newer front ends say of files that the user has still to get; it lies over the canvas until it is closed.
@@ -78,8 +80,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("screens")
 
 
-def load(screen: FrontEnd, name: str, vue: bool) -> None:
-    screen.run(LOAD, [json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")), vue])
+def load(screen: FrontEnd, name: str, vue: bool, **source: str) -> None:
+    screen.run(LOAD, [json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")), vue, source])
     screen.page.wait_for_function(DRAWN, arg=vue)
     screen.page.wait_for_timeout(500)  # sizes settle in a few frames
     screen.run(CLOSE)
@@ -118,6 +120,12 @@ def test_a_workflow_can_be_read_as_it_opens(name: str, vue: bool, screen: FrontE
             assert screen.run(OVER, corner) is None, node
     assert set(screen.run(UNKNOWN)) <= {"CheckpointLoaderSimple", "LoadControlNet"}  # files that the note links
     assert screen.errors == []
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in WIDE])
+def test_a_workflow_can_be_read_as_the_template_browser_opens_it(name: str, screen: FrontEnd):
+    load(screen, name, vue=False, openSource="template")  # newer front ends choose the view themselves
+    assert screen.run("() => app.canvas.ds.scale") >= READABLE
 
 
 @pytest.mark.weights

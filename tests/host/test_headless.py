@@ -75,14 +75,14 @@ def checkpoint(path: Path, family: str, clip: Any, vae: Any) -> Path:
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_the_encoders_are_the_hosts(host: Host, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import comfy
+    import comfy.sd
 
     from zeroconv.nodes.host import dataset
 
     monkeypatch.setattr(dataset, "SDXL_CONTEXT", 2 * WIDTH)
     clip, vae = clip_of(family), vae_of()
     theirs_pictures, theirs_prompt = dataset.encoders(vae, clip)
-    words = Path(comfy.__path__[0]) / "sd1_tokenizer"
+    words = Path(comfy.sd.__file__).parent / "sd1_tokenizer"
     ours = encoders.read(checkpoint(tmp_path / "tiny.safetensors", family, clip, vae), words)
 
     pictures = picture(3, 2, 64, 96).movedim(-1, 1)
@@ -99,7 +99,7 @@ def test_the_encoders_are_the_hosts(host: Host, family: str, tmp_path: Path, mon
 
 
 def test_the_command_and_the_node_make_the_same(host: Host, tmp_path: Path):
-    import comfy
+    import comfy.sd
     import folder_paths
 
     clip, vae = clip_of("sd15"), vae_of()
@@ -110,7 +110,7 @@ def test_the_command_and_the_node_make_the_same(host: Host, tmp_path: Path):
         pixels = (picture(i, 1, 64, 64 if i else 96)[0].numpy() * 255).round().astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(PROMPTS[i])
-    words = Path(comfy.__path__[0]) / "sd1_tokenizer"
+    words = Path(comfy.sd.__file__).parent / "sd1_tokenizer"
     given = {"base": file, "folder": folder, "dataset": tmp_path / "made", "tokenizer": words}
     flags = [f"--{name}={value}" for name, value in given.items()]
     assert command.main([*flags, "--resolution", "64", "--annotator", "canny"]) == 0
