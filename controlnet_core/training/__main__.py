@@ -62,6 +62,9 @@ EXPECTED = (
 PATHS = {"output": "folder of the run", "dataset": "folder of a cached dataset"}
 """What may be named in place of the file's own, relative to the working folder, beside the base."""
 
+FAILED = 1
+"""Among the signals of `Stop`: the first process cannot show what happens, as on a full disk."""
+
 PERIOD = 5.0
 """Seconds between lines on the terminal."""
 
@@ -96,7 +99,7 @@ def _run(run: Run, process: Process) -> int:
     base = read_base(run.base, run.loras)
     run = _predicting(run, base)
     saved = checkpoint.options_of(run.output / CHECKPOINTS)
-    options, said = fitted(run.options, base.unet.config, Examples.of(dataset), process, saved)
+    options, said = fitted(run.options, base.unet.config, Examples.of(dataset, len(run.prompts)), process, saved)
     run = replace(run, options=options)
     if said:
         _say(process, said)
@@ -104,7 +107,7 @@ def _run(run: Run, process: Process) -> int:
     decode = dataset.enlarged_preview
     if run.vae is not None and process.rank == 0:
         decode = decoder(run.vae, base.unet.config.adm_in_channels is not None, process.device)
-    prompts = _prompts(run, dataset) if process.rank == 0 else ()
+    prompts = _prompts(run, dataset)
     watch = Watch(run, dataset, decode, prompts) if process.rank == 0 else None
     progresses = train(
         run.options,
@@ -121,9 +124,11 @@ def _run(run: Run, process: Process) -> int:
     # Closing the training writes a checkpoint, also when the watch finds no room for what it writes.
     with Stop(alone=process.world == 1) as stop, closing(progresses), closing(watch) if watch else nullcontext():
         for progress in progresses:
-            if watch:
-                watch.see(progress)
-            asked = max(process.gather(stop.signal))  # by all of them after the same step
+            failure = _failure(watch, progress) if watch else None
+            # All of them end after the same step: each may have a part of what is kept.
+            asked = max(process.gather(FAILED if failure else stop.signal))
+            if failure:
+                raise failure
             if asked and progress.step < progress.steps:
                 break
         else:
@@ -163,6 +168,15 @@ def _prompts(run: Run, dataset: Dataset) -> tuple[Batch, ...]:
     """What is sampled beside the held-out pictures; a text encoder is read where the dataset lacks a prompt."""
     encoder = cache(lambda: read_prompts(run.base, run.tokenizer, run.loras))
     return tuple(each.batch(dataset, lambda prompt: encoder()(prompt)) for each in run.prompts)
+
+
+def _failure(watch: Watch, progress: Progress) -> Exception | None:
+    """What went wrong while a step was shown, if anything did."""
+    try:
+        watch.see(progress)
+    except Exception as error:  # noqa: BLE001  (raised once all processes know of it)
+        return error
+    return None
 
 
 def _say(process: Process, text: str) -> None:

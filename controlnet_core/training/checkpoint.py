@@ -203,12 +203,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Weights, names: Mapping[Tensor, str]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`; of weights that another process steps nothing is taken."""
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {names[parameter]: i for i, parameter in enumerate(order)}
     state: dict[int, dict[str, Tensor | int]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
+        if name not in numbers:
+            continue
         plain = tensor.ndim == 0 and tensor.dtype == torch.int64
         parameter = order[numbers[name]]
         state.setdefault(numbers[name], {})[kind] = int(tensor) if plain else _laid_out(tensor, parameter)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ZeroConvError
+from ..keys import State, Weights
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others: longer than any of them writes a checkpoint, shorter than a night."""
@@ -51,6 +53,37 @@ class Process:
         total = number.clone()
         dist.all_reduce(total)
         return total / self.world
+
+    def collect(self, tensors: State) -> Weights:
+        """What all processes give, for the first of them, what is others' on the CPU; nothing for the others.
+
+        Waits for all of them. Names differ between processes.
+        """
+        if self.world == 1:
+            return dict(tensors)
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
+        if self.rank:
+            for tensor in tensors.values():
+                dist.send(tensor.detach().to(self.device).contiguous(), 0)
+            return {}
+        found = dict(tensors)
+        # One after the other: the first process has no room for all of them beside its own.
+        for rank, theirs in enumerate(told[1:], start=1):
+            for name, shape, dtype in theirs:
+                received = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(received, rank)
+                found[name] = received.cpu()
+        return found
+
+    def divided(self, count: int, work: Callable[[range], Iterable[Tensor]]) -> list[Tensor]:
+        """What `work` makes of each number below `count`, for the first process; the others are given nothing.
+
+        Each process works on those whose turn it is, and waits for all of them.
+        """
+        own = range(self.rank, count, self.world)
+        made = self.collect({f"{number}": one for number, one in zip(own, work(own))} if own else {})
+        return [made[f"{number}"] for number in range(count)] if self.rank == 0 else []
 
 
 ALONE = Process()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.dataset import Batch, Dataset, TextEmbedding, to_device
 from ..diffusion import guide, sample_ddim
 from .controlled_unet import ControlledUNet
+from .distributed import ALONE, Process
 from .inputs import sdxl_vector, text_embeddings
 from .options import TrainingOptions
 
@@ -23,7 +24,8 @@ Score = Callable[[Tensor, Batch], float]
 class HeldOut:
     """The pictures `items` of a dataset that are never trained on: sampled now and then, and scored.
 
-    With them the user's own `prompts`, each a batch of one item, are sampled, and not scored.
+    With them the user's own `prompts`, each a batch of one item, are sampled, and not scored. Many processes take turns
+    with all of it.
     """
 
     dataset: Dataset
@@ -32,6 +34,7 @@ class HeldOut:
     options: TrainingOptions
     score: Score
     prompts: Sequence[Batch] = ()
+    process: Process = ALONE
 
     def is_due(self, step: int) -> bool:
         """Whether they are sampled after this step."""
@@ -45,27 +48,47 @@ class HeldOut:
             return 0
         return last // every - step // every + (last % every > 0)
 
-    def measure(self, controlled: ControlledUNet) -> tuple[float, Tensor]:
-        """The score of samples of them all, and these samples: latents (B,4,h,w), on the CPU."""
-        batch = self.dataset.read(self.items)
-        samples = self._sampled(controlled, batch)
-        return self.score(samples, batch), samples
+    def measure(self, controlled: ControlledUNet) -> tuple[float, Tensor] | tuple[None, None]:
+        """The score of samples of them all, and these samples: latents (B,4,h,w), on the CPU.
+
+        All processes sample, and the first alone is given them.
+        """
+        found = self.process.divided(
+            len(self.items),
+            lambda own: self._sampled(controlled, self.dataset.read([self.items[i] for i in own]), own),
+        )
+        if not found:
+            return None, None
+        samples = torch.stack(found)
+        return self.score(samples, self.dataset.read(self.items)), samples
 
     def sample_prompts(self, controlled: ControlledUNet) -> tuple[Tensor, ...]:
-        """A sample of each of the user's own prompts, one after the other: latents (1,4,h,w), on the CPU."""
-        return tuple(self._sampled(controlled, batch) for batch in self.prompts)
+        """A sample of each of the user's own prompts, one after the other: latents (1,4,h,w), on the CPU.
 
-    def _sampled(self, controlled: ControlledUNet, batch: Batch) -> Tensor:
+        All processes sample, and the first alone is given them.
+        """
+        return tuple(
+            self.process.divided(
+                len(self.prompts), lambda own: (self._sampled(controlled, self.prompts[i], range(1)) for i in own)
+            )
+        )
+
+    def _sampled(self, controlled: ControlledUNet, batch: Batch, places: Sequence[int]) -> Tensor:
         device = self.alphas.device
         context, pooled = self.dataset.empty_prompt
         empty_prompt = context.to(device), None if pooled is None else pooled.to(device)
         with self.options.autocast(device):
-            return sample(controlled, to_device(batch, device), empty_prompt, self.alphas, self.options).cpu()
+            return sample(controlled, to_device(batch, device), places, empty_prompt, self.alphas, self.options).cpu()
 
 
 @torch.no_grad()
 def sample(
-    controlled: ControlledUNet, batch: Batch, empty_prompt: TextEmbedding, alphas: Tensor, options: TrainingOptions
+    controlled: ControlledUNet,
+    batch: Batch,
+    places: Sequence[int],
+    empty_prompt: TextEmbedding,
+    alphas: Tensor,
+    options: TrainingOptions,
 ) -> Tensor:
     """Latents (B,4,h,w) for the items of `batch`, with prompt and hint, each from the noise of its place and the seed.
 
@@ -73,7 +96,7 @@ def sample(
     """
     shape, device = batch.latents.shape, batch.latents.device
     noise = torch.stack(
-        [torch.randn(shape[1:], generator=torch.Generator().manual_seed(options.seed + i)) for i in range(shape[0])]
+        [torch.randn(shape[1:], generator=torch.Generator().manual_seed(options.seed + place)) for place in places]
     ).to(device)
     guided = options.guidance_scale != 1
     own, empty = (torch.full((shape[0],), flag, device=device) for flag in (False, True))

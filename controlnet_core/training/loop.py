@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint
 from .controlled_unet import ControlledUNet, build
 from .distributed import ALONE, DistributedError, Process
 from .fidelity import HeldOut, Score, structure
-from .inputs import Ahead, Passes, check_text_embeddings, fixed
+from .inputs import FIXED, Ahead, Passes, check_text_embeddings, fixed
 from .options import NUMBERS, OptionsError, TrainingOptions
 from .state import TrainingState
 from .step import CudaGraphs, Steps, pass_loss
@@ -96,7 +96,8 @@ def train(
     run that was never interrupted: on the CPU bit for bit. A run that has none yet begins with the control `begin`, or
     with a fresh one. Each checkpoint has its control in `folder/controls`, and that of the highest fidelity is
     `folder/control-best.safetensors`. `prompts` are the user's own, batches of one item, sampled with the held-out
-    pictures. Closing the generator stops after the step and keeps everything. Raises TrainingStopped, OptionsError,
+    pictures. Closing the generator stops after the step and keeps everything; many processes close theirs after the
+    same one. Of them the first alone reports samples and what they show. Raises TrainingStopped, OptionsError,
     SaveError, BaseMismatch; what was trained up to the last checkpoint is kept.
     """
     device = process.device
@@ -137,10 +138,10 @@ def train(
         ) from error
     facts["control"] = kind_of(controlled.control).metadata(controlled.control)
     alphas = objective.noise_schedule(options, alphas).to(device)
-    held_out = HeldOut(dataset, held, alphas, options, score, prompts)
+    held_out = HeldOut(dataset, held, alphas, options, score, prompts, process)
     state = TrainingState(
         {name: p for name, p in controlled.named_parameters() if p.requires_grad or name.startswith("control.")},
-        optimizer.make(options, controlled.control, controlled.unet),
+        optimizer.make(options, controlled.control, controlled.unet, process),
         torch.amp.GradScaler(device.type, enabled=options.precision == "fp16"),
         options.ema,
     )
@@ -169,7 +170,10 @@ def train(
             report.sampling = time.monotonic() - started
         while state.step < options.steps:
             started = time.monotonic()
-            value, norm = steps.take()
+            reading = steps.take()
+            if state.step < options.steps and not held_out.is_due(state.step):  # which needs the room of gradients
+                steps.begin()  # what is seen and kept of this step is this step's: no weight has changed since
+            value, norm = reading.wait()
             if not isfinite(value) or not (isfinite(norm) or state.scaler.is_enabled()):
                 writer.rest()
                 raise TrainingStopped(
@@ -182,8 +186,10 @@ def train(
 
             try:
                 yield report(value, norm)
-            except BaseException:  # closed by the caller, or sampling failed or was cancelled; the step itself is sound
-                writer.finish(state)
+            except BaseException as error:  # closed by the caller, or sampling failed; the step itself is sound
+                # What fails in one process alone leaves no others to give their part of the optimizer's state.
+                if isinstance(error, GeneratorExit) or not state.is_sharded:
+                    writer.finish(state)
                 raise
             if held_out.is_due(state.step):
                 report.sampling = time.monotonic() - ended
@@ -284,14 +290,20 @@ class Reports:
 
 
 @torch.no_grad()
-def held_out_loss(controlled: ControlledUNet, held_out: HeldOut) -> float:
-    """The loss of the held-out pictures with their prompts, always at the same timesteps and from the same noise."""
+def held_out_loss(controlled: ControlledUNet, held_out: HeldOut) -> float | None:
+    """The loss of the held-out pictures with their prompts, always at the same timesteps and from the same noise.
+
+    Many processes take turns, and the first alone is told.
+    """
     alphas, options = held_out.alphas, held_out.options
-    losses = [
-        pass_loss(controlled, to_device(inputs, alphas.device), alphas, options)
-        for inputs in fixed(held_out.dataset, held_out.items, options, len(alphas))
-    ]
-    return torch.stack(losses).mean().item()
+
+    def losses(own: range) -> Iterator[Tensor]:
+        for number, inputs in enumerate(fixed(held_out.dataset, held_out.items, options, len(alphas))):
+            if number in own:
+                yield pass_loss(controlled, to_device(inputs, alphas.device), alphas, options)
+
+    found = held_out.process.divided(len(FIXED), losses)
+    return torch.stack([loss.cpu() for loss in found]).mean().item() if found else None
 
 
 def _changed(

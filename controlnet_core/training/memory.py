@@ -22,6 +22,7 @@ from ..networks.recompute import _autocast
 from ..networks.unet import UNet, UNetConfig
 from .controlled_unet import ControlledUNet, build, keep_activations
 from .distributed import ALONE, Process
+from .optimizer import unsharded
 from .options import NUMBERS, TrainingOptions
 from .parts import AT_ONCE
 
@@ -67,18 +68,22 @@ def advice(options: TrainingOptions, world: int = 1, sampling: bool = False) -> 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a training reads, as memory sees it: its largest picture in pixels, tokens of a prompt, hint channels."""
+    """What a training reads, as memory sees it: its largest picture in pixels, tokens of a prompt, hint channels.
+
+    And how many `prompts` of the user's own are sampled.
+    """
 
     height: int
     width: int
     tokens: int = 77
     hint_channels: int = 3
+    prompts: int = 0
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Examples:
-        """Those of a dataset."""
+    def of(cls, dataset: Dataset, prompts: int = 0) -> Examples:
+        """Those of a dataset, and of so many prompts beside it."""
         height, width = max(dataset.buckets, key=lambda size: size[0] * size[1])
-        return cls(height, width, len(dataset.empty_prompt[0]), dataset.hint_channels)
+        return cls(height, width, len(dataset.empty_prompt[0]), dataset.hint_channels, prompts)
 
 
 @dataclass(frozen=True)
@@ -117,14 +122,15 @@ class Counter:
         controlled = self._network(options)
         trained = [p for p in controlled.parameters() if p.requires_grad]
         state = sum(state_bytes(options.optimizer, p) for p in trained)
+        shares = world if options.shard_optimizer and not unsharded(options, world) else 1
         step = gradients = sum(p.numel() * p.element_size() for p in trained)
         if options.optimizer_in_ram or options.control_weights == "bf16":  # a part of the state, weights, gradients
             step += 4 * 4 * min(max(AT_ONCE, *(p.numel() for p in trained)), gradients // 4)
         return Needs(
             weights=sum(t.nbytes for t in (*controlled.parameters(), *controlled.buffers())),
-            optimizer=0 if options.optimizer_in_ram else state,
+            optimizer=0 if options.optimizer_in_ram else state // shares,
             averages=sum(4 * p.numel() for p in trained) if options.ema else 0,
-            step=max(step, self.passing(options, options.batch_size // world), self.sampling(options)),
+            step=max(step, self.passing(options, options.batch_size // world), self.sampling(options, world)),
             ram=state if options.optimizer_in_ram else 0,
         )
 
@@ -158,10 +164,14 @@ class Counter:
         self._peaks[key] = peak.most
         return peak.most
 
-    def sampling(self, options: TrainingOptions) -> int:
-        """The most bytes at once, beside the weights, while the held-out pictures are sampled, both halves at once."""
+    def sampling(self, options: TrainingOptions, world: int = 1) -> int:
+        """The most bytes at once, beside the weights, while one of `world` processes samples, both halves at once.
+
+        Its share of the held-out pictures, or one of the user's own prompts, which come one after the other.
+        """
         controlled = self._network(options)
-        pictures = options.held_out if options.sample_every else 0
+        at_once = max(-(-options.held_out // world), min(1, self.examples.prompts))
+        pictures = at_once if options.sample_every else 0
         key = id(controlled), pictures, options.guidance_scale == 1
         if pictures and key not in self._peaks:
             n = 1 if options.guidance_scale == 1 else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import ALONE, Process
 from .options import OptionsError, TrainingOptions
 from .parts import InParts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,47 @@ LIBRARIES = {
 """The optimizers beside torch's AdamW, by the option's value."""
 
 
-def make(options: TrainingOptions, control: nn.Module, decoder: nn.Module) -> torch.optim.Optimizer:
+def make(
+    options: TrainingOptions, control: nn.Module, decoder: nn.Module, process: Process = ALONE
+) -> torch.optim.Optimizer:
     """The chosen optimizer over what is to be trained of the control and of the UNet; AdamW is fused where torch can.
 
-    Its groups remember their own learning rate as `initial_lr`. Raises OptionsError where its library is missing.
+    Its groups remember their own learning rate as `initial_lr`. With `shard_optimizer` it steps this process's share
+    of the weights and gets the others' from who steps them (torch's ZeroRedundancyOptimizer), unless that cannot be,
+    which the log says. Raises OptionsError where its library is missing.
     """
     groups = [
         {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate, "initial_lr": rate}
         for module, rate in ((control, options.learning_rate), (decoder, options.decoder_learning_rate))
     ]
     groups = [group for group in groups if group["params"]]
+    reason = unsharded(options, process.world) if options.shard_optimizer else ""
+    if reason:
+        log.info("the optimizer's state is not divided: %s", reason)
+    if options.shard_optimizer and not reason:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every torch
+
+        return ZeroRedundancyOptimizer(groups, lambda own: _made(options, own))  # type: ignore[arg-type]
+    return _made(options, groups)
+
+
+def unsharded(options: TrainingOptions, world: int) -> str:
+    """Why `world` processes cannot divide the state of this optimizer, in words; empty where they can."""
+    if world == 1:
+        return "one process alone has nobody to share it with"
+    if options.optimizer == "prodigy":
+        return "prodigy needs all weights at once"
+    if options.optimizer_in_ram or options.control_weights == "bf16":
+        return "with optimizer_in_ram, or control_weights bf16, each process steps all weights part by part"
+    return ""
+
+
+def local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What has the state of the weights that this process steps: the optimizer itself where it steps all of them."""
+    return getattr(optimizer, "optim", optimizer)  # the name that ZeroRedundancyOptimizer has for it
+
+
+def _made(options: TrainingOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     made = _of_library(options, groups) if options.optimizer in LIBRARIES else _adamw(options, groups)
     if options.optimizer_in_ram or options.control_weights == "bf16":
         return InParts(made, options.optimizer_in_ram, options.seed)

@@ -41,7 +41,7 @@ class TrainingOptions:
     `warmup` is in steps, `clip` the largest norm of a step's gradient. Every `sample_every` steps `held_out` pictures
     that are never trained on are sampled and scored; 0 turns that off. Timesteps are drawn from
     `min_timestep <= t < max_timestep`. `huber` is the c of the pseudo-Huber loss, 0 for squares. `graphs` captures a
-    step as CUDA graphs.
+    step as CUDA graphs. `shard_optimizer` divides the optimizer's state among the processes that share a training.
     """
 
     steps: int = 10_000
@@ -93,6 +93,7 @@ class TrainingOptions:
     keep_controls: int = 4
     control_dtype: str = "fp16"
     graphs: bool = False
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainingOptions)
@@ -198,6 +199,8 @@ MEANINGS = {
     "keep_controls": "controls that are kept in the folder controls: one is written with each checkpoint",
     "control_dtype": "what these controls are written in: fp16, bf16 or fp32; control.safetensors in the end is exact",
     "graphs": "capture a step as CUDA graphs, which NVIDIA's GPUs launch at once; no GPU has tried this yet",
+    "shard_optimizer": "of many processes each keeps a part of the optimizer's state alone: the same training in less "
+    "memory; no GPU has tried this yet",
 }
 """Each option in words: comments of a TOML file, help of the command, tooltips of the node."""
 

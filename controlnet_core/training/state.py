@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..keys import State
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .convergence import best, has_fallen, sudden_convergence
-from .optimizer import average, counted, share
+from .distributed import ALONE, Process
+from .optimizer import average, counted, local, share
 
 
 @dataclass
@@ -104,14 +105,24 @@ class TrainingState:
             self.weights[name].copy_(self.averages[name])
             self.averages[name].copy_(weight)
 
-    def to_checkpoint(self, facts: Mapping[str, Any]) -> Checkpoint:
-        """The checkpoint of this step; `facts` say of which training it is."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has a part of the optimizer's state alone."""
+        return local(self.optimizer) is not self.optimizer
+
+    def to_checkpoint(self, facts: Mapping[str, Any], process: Process = ALONE) -> Checkpoint:
+        """The checkpoint of this step; `facts` say of which training it is.
+
+        Where processes have divided the optimizer's state, all of them ask for it, and the first one has it whole.
+        """
         names = {weight: name for name, weight in self.weights.items()}
+        own_state = optimizer_tensors(local(self.optimizer), names)
+        whole_state = process.collect(own_state) if self.is_sharded else own_state
         tensors = {f"model.{name}": weight.detach() for name, weight in self.weights.items()}
-        tensors |= {f"optimizer.{key}": tensor for key, tensor in optimizer_tensors(self.optimizer, names).items()}
+        tensors |= {f"optimizer.{key}": tensor for key, tensor in whole_state.items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.averages.items()}
         own = {"seconds": self.seconds, "measured": list(self.measured), "scaler": self.scaler.state_dict()}
-        own["groups"] = counted(self.optimizer)
+        own["groups"] = counted(local(self.optimizer))
         return Checkpoint(self.step, tensors, {**facts, **own})
 
     def restore(self, saved: Checkpoint, optimizer: bool = True) -> None:
@@ -124,7 +135,7 @@ class TrainingState:
             _fill(self.averages, {**saved.part("model."), **saved.part("average.")})
         if optimizer:
             names = {weight: name for name, weight in self.weights.items()}
-            restore_optimizer(self.optimizer, saved.part("optimizer."), names)
+            restore_optimizer(local(self.optimizer), saved.part("optimizer."), names)
             for group, numbers in zip(self.optimizer.param_groups, saved.facts.get("groups", [])):
                 group.update(numbers)
         if saved.facts["scaler"]:

@@ -75,13 +75,32 @@ class CudaGraphs:
         return graph.replay
 
 
+class Reading:
+    """The loss of a step and the norm of its gradient, on their way to the CPU."""
+
+    def __init__(self, loss: Tensor, norm: Tensor):
+        self._numbers = [number.to("cpu", non_blocking=number.is_cuda) for number in (loss, norm)]
+        self._arrived = None
+        if loss.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(loss.device))
+
+    def wait(self) -> tuple[float, float]:
+        """Both, once the device has come to where they were asked for; what it was given since goes on."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, norm = (number.item() for number in self._numbers)
+        return loss, norm
+
+
 class Steps:
     """The steps of a training, each made by `take`.
 
     With a `backend` that takes the training's device, a pass of each shape and the end of a step run once op by op and
     are captured when they come again: what was launched a thousand times is launched once. What changes from step to
     step (inputs, learning rate, decay) then lies in tensors, and gradients stay where they are. It is given up, with a
-    line in the log, where the training cannot be captured; numbers are the same to rounding.
+    line in the log, where the training cannot be captured; numbers are the same to rounding. The device may then be
+    handed the passes of a step (`begin`) before anybody reads the numbers of the one before it.
     """
 
     def __init__(
@@ -100,29 +119,45 @@ class Steps:
         self._backend = None if backend is None or self._refused(backend) else backend
         self._met: set[Any] = set()
         self._graphs: dict[Any, tuple[Inputs | None, Callable[[], None]]] = {}
+        self._has_begun = False
         if self._backend:
             for group in state.optimizer.param_groups:
                 group["lr"] = torch.tensor(group["lr"], device=process.device)
                 group["capturable"] = process.device.type == "cuda"
 
-    def take(self) -> tuple[float, float]:
+    def take(self) -> Reading:
         """Make the next step: its loss over all examples, before the weights changed, and the norm of its gradient.
 
         The norm is that of all gradients before clipping.
         """
         state, options = self._state, self._options
-        first = state.step * options.accumulation
-        self._total.zero_()
-        with self._backend.stream() if self._backend else nullcontext():
+        if not self._has_begun:
+            self._make_passes()
+        self._has_begun = False
+        with self._on_stream():
             for group in state.optimizer.param_groups:
                 optimizer.set_rate(group, group["initial_lr"] * optimizer.factor(options, state.step))
             self._share.fill_(optimizer.share(state.decay, state.step + 1))
-            for i in range(options.accumulation):
-                inputs = to_device(self._passes[first + i], self._process.device)
-                self._run(_shapes(inputs), inputs, last=i + 1 == options.accumulation)
             self._run("end", None)
         state.step += 1
-        return self._process.mean(self._total).item(), self._norm.item()
+        return Reading(self._process.mean(self._total), self._norm)
+
+    def begin(self) -> None:
+        """Give the device the passes of the next step, which change no weights; nothing where it is not that fast."""
+        if self._backend and self._process.device.type != "cpu":
+            self._make_passes()
+            self._has_begun = True
+
+    def _make_passes(self) -> None:
+        self._total.zero_()
+        first = self._state.step * self._options.accumulation
+        with self._on_stream():
+            for i in range(self._options.accumulation):
+                inputs = to_device(self._passes[first + i], self._process.device)
+                self._run(_shapes(inputs), inputs, last=i + 1 == self._options.accumulation)
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return self._backend.stream() if self._backend else nullcontext()
 
     def _run(self, key: Any, inputs: Inputs | None, last: bool = True) -> None:
         """A pass over `inputs`, or without any the end of a step; as a graph from the second time on."""

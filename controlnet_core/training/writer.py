@@ -61,18 +61,21 @@ class Writer:
         self._options, self._facts = options, facts
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._going: Future[None] | None = None
-        self._writes = process.rank == 0
+        self._process, self._writes = process, process.rank == 0
         self.checkpoints, self.step = folder / CHECKPOINTS, 0
         for each in (folder, folder / CHECKPOINTS, folder / CONTROLS, folder / CONTROLS / "unet"):
             if self._writes:
                 checkpoint.clean(each)
 
     def save(self, state: TrainingState) -> None:
-        """Write the checkpoint of now and its control, and that as the best one where it is."""
+        """Write the checkpoint of now and its control, and that as the best one where it is.
+
+        All processes call it after the same step: each may have a part of what is written.
+        """
+        self.wait()  # before there is a second copy
+        best, made = is_best(state), state.to_checkpoint(self._facts, self._process)
         if not self._writes:
             return
-        best, made = is_best(state), state.to_checkpoint(self._facts)
-        self.wait()  # before there is a second copy
         made = replace(made, tensors=copied(made.tensors))
         self._begin(made.step, lambda: self._write(made, best))
 

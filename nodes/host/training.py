@@ -106,14 +106,14 @@ def train(
     process, fits = Process(device=comfy.model_management.get_torch_device()), ""
     with locked(folder), torch.inference_mode(False), torch.enable_grad():
         base = unet_weights(model)
+        own = [] if validation is None else own_prompts(validation)
+        prompts = [batch for _, batch in own]
         done = finished(folder, options, {"base": checkpoint.fingerprint(base), "data": dataset.fingerprint})
         if not done:
             saved = checkpoint.options_of(folder / CHECKPOINTS)
-            options, fits = fitted(options, config, Examples.of(dataset), process, saved)
+            options, fits = fitted(options, config, Examples.of(dataset, len(own)), process, saved)
             if fits:
                 log.info(fits)
-        own = [] if validation is None else own_prompts(validation)
-        prompts = [batch for _, batch in own]
         steps = loop.train(options, base, config, alphas, dataset, folder, score, process, begin, prompts)
         del base, begin  # the training lets go of them, too, once it has its own
         facts = {**options.as_dict(), "fidelity": fidelity}

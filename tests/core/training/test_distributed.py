@@ -131,6 +131,51 @@ def test_two_processes_with_all_that_saves_memory_give_the_losses_of_one(data: P
     torch.testing.assert_close(two[:, 1], one[:, 1], rtol=1e-2, atol=0)
 
 
+SHARDED = {"batch_size": 4, "ema": 0.9, "sample_every": 3, "held_out": 3, "save_every": 3, "shard_optimizer": True}
+
+
+def test_an_optimizer_divided_among_processes_is_the_whole_one(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """And its checkpoints are those of one process: either goes on from what the other has written."""
+    caplog.set_level("INFO")
+    folders = alone, divided, rejoined = [tmp_path / name for name in ("alone", "divided", "rejoined")]
+    for folder in folders:
+        folder.mkdir()
+    files = {folder: str(write_config(folder, data, steps=6, **SHARDED)) for folder in folders}
+    assert command.main([files[alone]]) == 0
+    assert "the optimizer's state is not divided: one process alone has nobody to share it with" in caplog.text
+    done = torchrun("-m", "controlnet_core.training", files[divided], "--steps", "3")
+    assert done.returncode == 0 and "is not divided" not in done.stderr, done.stderr
+    kept, whole = ({key: x.shape for key, x in read_weights(third(folder))[0].items()} for folder in (divided, alone))
+    assert kept == whole and any(key.startswith("optimizer.exp_avg.") for key in kept)
+    assert command.main([files[divided]]) == 0
+    assert command.main([files[rejoined], "--steps", "3"]) == 0
+    done = torchrun("-m", "controlnet_core.training", files[rejoined])
+    assert done.returncode == 0 and "goes on from step 3" in done.stderr, done.stderr
+
+    expected = torch.tensor(losses(alone / "run"))
+    weights = read_weights(alone / "run" / "control.safetensors")[0]
+    for folder in (divided, rejoined):
+        torch.testing.assert_close(torch.tensor(losses(folder / "run")), expected, rtol=2e-6, atol=0)
+        same = read_weights(folder / "run" / "control.safetensors")[0]
+        assert max((same[key] - weights[key]).abs().max().item() for key in weights) < 2e-4
+        for name in ("fidelity.csv", "validation.csv"):  # each of two processes has sampled some of three pictures
+            ours, theirs = (table(each / "run" / name) for each in (folder, alone))
+            assert [row[0] for row in ours] == [0, 3, 6]
+            assert [row[1] for row in ours] == pytest.approx([row[1] for row in theirs], abs=1e-4)
+
+
+def third(folder: Path) -> Path:
+    """The checkpoint of step 3."""
+    return folder / "run" / "checkpoints" / "step-00000003.safetensors"
+
+
+def table(file: Path) -> list[list[float]]:
+    """The first two columns of a log."""
+    return [[float(x) for x in line.split(",")[:2]] for line in file.read_text().splitlines()[1:]]
+
+
 FAILS = """
 import runpy, sys
 runpy.run_path({root!r} + "/dev.py")
@@ -171,3 +216,38 @@ def test_a_signal_to_one_stops_all_after_the_same_step(data: Path, tmp_path: Pat
     assert re.search(r"exitcode +: 143", done.stderr)
     assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3]
     assert checkpoint.files(tmp_path / "run" / "checkpoints")[-1].name == "step-00000003.safetensors"
+
+
+FULL = """
+import os, runpy, sys
+runpy.run_path({root!r} + "/dev.py")
+from zeroconv.controlnet_core.training import __main__ as command
+from zeroconv.controlnet_core.training.log import LogError
+from zeroconv.controlnet_core.training.optimizer import local
+from zeroconv.controlnet_core.training.state import TrainingState
+see, keep = command.Watch.see, TrainingState.to_checkpoint
+def fails(self, progress):
+    see(self, progress)
+    if progress.step == 3:
+        raise LogError("the disk is full: simulated")
+def tells(self, *arguments):
+    print(f"part {{os.environ['RANK']}}: {{len(local(self.optimizer).state)}}", flush=True)
+    return keep(self, *arguments)
+command.Watch.see, TrainingState.to_checkpoint = fails, tells
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_when_the_first_has_no_room_for_its_log_all_keep_that_step(data: Path, tmp_path: Path):
+    """A divided optimizer is written by all of them together, so that all have to end after the same step."""
+    script = tmp_path / "full.py"
+    script.write_text(FULL.format(root=ROOT.as_posix()))
+    done = torchrun(str(script), str(write_config(tmp_path, data, save_every=100, shard_optimizer=True)), timeout=120)
+    assert done.returncode != 0
+    assert "the disk is full: simulated" in done.stderr
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.step == 3
+    trained = saved.part("optimizer.exp_avg.").keys()
+    assert trained == saved.part("optimizer.step.").keys() >= {"control.zero_convs.0.0.bias"}
+    parts = {rank: int(count) for rank, count in re.findall(r"part (\d): (\d+)", done.stdout)}
+    assert parts.keys() == {"0", "1"} and all(parts.values()) and sum(parts.values()) == len(trained)

@@ -90,6 +90,23 @@ def test_smaller_dtypes_take_less():
     assert plain.weights - bf16.weights == 2 * trained
 
 
+def test_prompts_of_the_users_own_are_sampled_without_held_out_pictures_too():
+    options, one = quick(held_out=0, sample_every=2), replace(EXAMPLES, prompts=1)
+    assert Counter(CONFIG, EXAMPLES).sampling(options) == 0 == Counter(CONFIG, one).sampling(quick(sample_every=0))
+    of_one = Counter(CONFIG, EXAMPLES).sampling(replace(options, held_out=1))
+    assert (
+        Counter(CONFIG, one).sampling(options) == of_one == Counter(CONFIG, replace(one, prompts=9)).sampling(options)
+    )
+
+
+def test_many_processes_divide_samples_and_where_asked_the_optimizers_state():
+    counter, options = Counter(CONFIG, EXAMPLES), quick(held_out=3, sample_every=2, batch_size=6, shard_optimizer=True)
+    assert counter.sampling(options, 2) == counter.sampling(replace(options, held_out=2)) < counter.sampling(options)
+    assert counter.needs(options, 3).optimizer == counter.needs(options).optimizer // 3
+    whole = replace(options, shard_optimizer=False)
+    assert counter.needs(options).optimizer == counter.needs(whole).optimizer == counter.needs(whole, 3).optimizer
+
+
 def test_on_cuda_norms_under_autocast_take_fp32():
     options = quick(precision="bf16", recompute="off")
     on_cuda, on_cpu = (Counter(CONFIG, Examples(256, 256), device).needs(options).step for device in ("cuda", "cpu"))

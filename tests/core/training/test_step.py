@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from zeroconv.controlnet_core.data.dataset import Batches, Dataset
-from zeroconv.controlnet_core.training import loop, optimizer
-from zeroconv.controlnet_core.training.distributed import ALONE
+from zeroconv.controlnet_core.training import checkpoint, loop, optimizer, step
+from zeroconv.controlnet_core.training.distributed import ALONE, Process
 from zeroconv.controlnet_core.training.inputs import Ahead, Passes
 
+from ... import second_device
 from .tiny import dataset, fit, losses, quick, training
 
 
@@ -199,6 +200,77 @@ def poisoned(running: Any, after: int) -> Iterator[Any]:
             for weight in running.gi_frame.f_locals["state"].weights.values():
                 weight.data.fill_(float("nan"))
         yield progress
+
+
+# -- numbers read late ------------------------------------------------------------------------------------------------
+
+
+def test_the_device_has_the_next_passes_before_a_loss_is_read(
+    data: Dataset, tmp_path: Path, graphs: StandIn, monkeypatch: pytest.MonkeyPatch
+):
+    """But where pictures are sampled, which needs memory, and behind the last step."""
+    launched, seen = 0, []
+    fit_pass, wait = step.Steps._pass, step.Reading.wait
+
+    def passing(self: step.Steps, inputs: Any) -> None:
+        nonlocal launched
+        launched += 1
+        fit_pass(self, inputs)
+
+    def waiting(self: step.Reading) -> tuple[float, float]:
+        seen.append(launched)
+        return wait(self)
+
+    monkeypatch.setattr(step.Steps, "_pass", passing)
+    monkeypatch.setattr(step.Reading, "wait", waiting)
+    options = {"steps": 6, "sample_every": 3, "ema": 0.9, "learning_rate": 1e-4}
+    expected = losses(fit(quick(**options), data, tmp_path / "eager"))
+    assert seen == [1, 2, 3, 4, 5, 6]
+    launched = 0
+    seen.clear()
+    with second_device.on() as there, second_device.transfers() as moves:
+        process = Process(device=there)
+        found = losses(fit(quick(**options, graphs=True), data, tmp_path / "graphs", process=process))
+    assert graphs.replayed and seen == [2, 3, 3, 5, 6, 6]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len([move for move in moves if move.way == "read" and "step.py" in move.line]) == 2 * 6
+
+
+def test_what_is_kept_of_a_step_has_nothing_of_the_next(data: Dataset, tmp_path: Path, graphs: StandIn):
+    """Stopped while the device has the passes of a step that will never be made; and no checkpoint was due before."""
+    options = quick(steps=9, save_every=4, graphs=True, ema=0.9)
+    whole = losses(fit(quick(steps=9, ema=0.9), data, tmp_path / "whole"))
+    with second_device.on() as there:
+        others = {"process": Process(device=there)}
+        with closing(training(options, data, tmp_path / "parts", **others)) as running:
+            first = [next(running) for _ in range(6)]
+        saved = checkpoint.newest(tmp_path / "parts" / "checkpoints")
+        assert saved is not None and saved.step == first[-1].step == 5
+        rest = losses(fit(options, data, tmp_path / "parts", **others))
+    assert losses(first) + rest == pytest.approx(whole, rel=1e-4)
+
+
+def test_numbers_that_grow_are_still_seen_before_the_next_step(
+    data: Dataset, tmp_path: Path, graphs: StandIn, monkeypatch: pytest.MonkeyPatch
+):
+    passes, own = 0, step.pass_loss
+
+    def growing(*arguments: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return own(*arguments) * (float("nan") if passes == 6 else 1)
+
+    monkeypatch.setattr(step, "pass_loss", growing)
+    running = training(
+        quick(steps=12, save_every=2, graphs=True), data, tmp_path, process=Process(device=second_device.device())
+    )
+    with second_device.on(), pytest.raises(loop.TrainingStopped, match="the loss of step 6 is nan"):
+        list(running)
+    assert passes == 7
+    assert [path.name for path in checkpoint.files(tmp_path / "checkpoints")] == [
+        "step-00000002.safetensors",
+        "step-00000004.safetensors",
+    ]
 
 
 # -- reading ahead ----------------------------------------------------------------------------------------------------
