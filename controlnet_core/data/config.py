@@ -16,7 +16,7 @@ from .writer import CachingOptions
 GIVEN = "given"
 """In place of an annotator's name: hints are those of the folder."""
 
-TOP = ("output", "model", "data", "training", "validation")
+TOP = ("output", "trackers", "model", "data", "training", "validation")
 """The keys at the top of the file."""
 
 MODEL: dict[str, tuple[Any, str]] = {

@@ -236,7 +236,7 @@ class Watch:
         folder = self._run.output
         if self._log is None:
             facts = {"base": str(self._run.base), "dataset": str(self._run.dataset), **self._run.options.as_dict()}
-            self._log = Log.open(folder, progress.step - 1, facts)
+            self._log = Log.open(folder, progress.step - 1, facts, self._run.trackers)
             text = json.dumps(facts, indent=2) + "\n"
             (folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
         pictures = None

@@ -47,7 +47,7 @@ class Run:
     Without `prediction_given` what the model predicts is not `options.prediction` but what its file says. `vae` shows
     samples in true colours, and `control` is what it begins with. `prompts` are sampled with the held-out pictures;
     `tokenizer` is for those that the dataset does not have. With `making` there is no cached dataset: `dataset` is the
-    folder of pictures, which are read as that says.
+    folder of pictures, which are read as that says. `trackers` are told of losses and samples.
     """
 
     base: Path
@@ -61,6 +61,7 @@ class Run:
     tokenizer: Path | None = None
     prompts: tuple[ValidationPrompt, ...] = ()
     making: Making | None = None
+    trackers: tuple[str, ...] = ()
 
     def predicting(self, prediction: str) -> Run:
         """This training of a model that predicts this."""
@@ -82,7 +83,27 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Run:
     prediction = {key: value for key, value in found["model"].items() if key == "prediction" and value != AUTO}
     options = TrainingOptions(**prediction, **found["training"])
     loras, prompts = loras_of(path, found), _prompts(path, found)
-    return Run(base, dataset, output, options, bool(prediction), vae, control, loras, tokenizer, prompts, making)
+    return Run(
+        base,
+        dataset,
+        output,
+        options,
+        bool(prediction),
+        vae,
+        control,
+        loras,
+        tokenizer,
+        prompts,
+        making,
+        _trackers(path, found),
+    )
+
+
+def _trackers(path: Path | None, found: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    named = found[""].get("trackers", [])
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ConfigError(f'{path}: trackers is {named!r}: expected a list of names such as ["wandb"]')
+    return tuple(named)
 
 
 def _prompts(path: Path | None, found: Mapping[str, Mapping[str, Any]]) -> tuple[ValidationPrompt, ...]:
@@ -108,6 +129,7 @@ def defaults() -> str:
         "# Paths are relative to this file. What is left out has the value that stands here.",
         "",
         line("output", "run", "folder of the run: checkpoints, samples, logs and control.safetensors"),
+        line("trackers", [], 'of accelerate, such as ["wandb"], told beside the files in it and TensorBoard'),
         *section("model", MODEL),
         line("prediction", AUTO, f"{MEANINGS['prediction']}; auto: as the model's own file says"),
         line("control", "", "control, or checkpoint of another run, to begin with; none: a fresh one"),
