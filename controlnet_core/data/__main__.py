@@ -51,13 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make(making: Making) -> str:
     """The dataset as it is asked for, and what it holds, in lines; raises a ZeroConvError that says what is wrong."""
     options = making.options
+    if not making.cached:
+        raise ConfigError(
+            "cached in [data] is false, so there is nothing to make: python -m controlnet_core.training reads the "
+            "pictures themselves"
+        )
     source = sources.read(making.folder)
     # Who cannot have the annotator need not wait for the encoders.
-    annotate = None if options.hints == GIVEN else annotator(making)
+    annotate, ahead = (None, False) if options.hints == GIVEN else annotator(making)
     found = lab_encoders() if (making.base / "autoencoder.safetensors").is_file() else None
     found = found or encoders.read(making.base, making.tokenizer, making.vae, making.loras)
     started = said = time.monotonic()
-    run = caching.make(making.dataset, source.items, found.pictures, found.prompt, annotate, options)
+    run = caching.make(
+        making.dataset, source.items, found.pictures, found.prompt, annotate, options, making.prompts, ahead
+    )
     with locked(making.dataset), closing(run):  # type: ignore[type-var]
         for progress in run:
             now = time.monotonic()
@@ -73,8 +80,11 @@ def make(making: Making) -> str:
 # -- the rooms beside the core: only here does it meet them ------------------------------------------------------------
 
 
-def annotator(making: Making) -> Annotate:
-    """What makes hints with an annotator's defaults; raises ConfigError for a name that is none, or reads more."""
+def annotator(making: Making) -> tuple[Annotate, bool]:
+    """What makes hints with an annotator's defaults, and whether many threads may: it has no networks.
+
+    Raises ConfigError for a name that is none, or reads more.
+    """
     room, images = beside("annotators"), beside("annotators.images")
     makers = {one.name: one for one in room.ANNOTATORS if not (one.reads_mask or one.reads_pose)}
     chosen = makers.get(making.options.hints)
@@ -94,7 +104,7 @@ def annotator(making: Making) -> Annotate:
             raise PictureError(str(error)) from error
         return images.resized(hint, *picture.shape[:2])
 
-    return annotate
+    return annotate, not networks
 
 
 def _network(name: str, folder: Path) -> Any:

@@ -53,12 +53,16 @@ def make(
     encode_prompt: EncodePrompt,
     annotate: Annotate | None,
     options: CachingOptions,
+    prompts: Sequence[str] = (),
+    annotate_ahead: bool = False,
 ) -> Iterator[CachingProgress]:
     """Cache `items`, whose names differ, in `folder`, yielding now and then; `dataset.Dataset.open` reads them.
 
-    Hints are made by `annotate`; without it every item needs one. What is cached already and has not changed stays;
-    what is gone from `items` is put aside. Closing the generator keeps what is encoded; of a process that is killed
-    one shard is lost at most, and the next run goes on from there. An item that cannot be read is skipped by name.
+    Hints are made by `annotate`; without it every item needs one. With `annotate_ahead` they are made where pictures
+    are read, in threads beside the encoder, several at once. `prompts` are encoded beside those of the items. What is
+    cached already and has not changed stays; what is gone from `items` is put aside. Closing the generator keeps what
+    is encoded; of a process that is killed one shard is lost at most, and the next run goes on from there. An item that
+    cannot be read is skipped by name.
 
     Raises DatasetError when the folder was made with other options or encoders, when no item could be used, and before
     anything is encoded when there is no room for it; SaveError when the disk is full.
@@ -66,40 +70,45 @@ def make(
     if annotate is not None:
         items = [replace(item, hint=None) for item in items]
     writer = Writer(folder, encode_pictures, encode_prompt, options)
-    stamps, skipped = _stamps(items)
+    stamps, skipped = stamps_of(items)
     before = writer.keep_only(stamps)
     new = stamps.keys() - before
-    groups, unreadable = _groups([item for item in items if item.name in new], options.resolution)
+    groups, unreadable = groups_of([item for item in items if item.name in new], options.resolution)
     skipped += unreadable
     todo = [item for group in groups for item, _ in group]
-    texts = {item.name: _forms(item, options) for item in todo}
-    prompts = writer.unknown(prompt for forms in texts.values() for prompt in forms)
+    texts = {item.name: forms_of(item, options) for item in todo}
+    unknown = writer.unknown([*(prompt for forms in texts.values() for prompt in forms), *prompts])
+
+    def load(item: Item, centre: Crop) -> Loaded:
+        views = partial(_views, _load(item, centre, options.crops), annotate, options.mirror)
+        return partial(tuple, views()) if annotate_ahead else views
+
     step, enlarged = 0, 0
-    most = _room(folder, writer, groups, len(prompts), options)
+    most = _room(folder, writer, groups, len(unknown), options)
     if todo:
         log.info("%d pictures to encode, %s at most in %s", len(todo), size_in_words(most), folder)
 
     def progress() -> CachingProgress:
         done = len(before) + writer.added
         return CachingProgress(
-            step, len(prompts) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped), most
+            step, len(unknown) + len(todo), done, len(before), writer.unused, enlarged, tuple(skipped), most
         )
 
     yield progress()
     try:
         # Prompts first, so that a GPU that cannot hold both encoders changes between them once.
-        for prompt in prompts:
+        for prompt in unknown:
             writer.add_prompt(prompt)
             step += 1
             yield progress()
         writer.flush_prompts()
         for group in groups:
             batches = [group[start : start + options.batch_size] for start in range(0, len(group), options.batch_size)]
-            for batch, loaded in _loaded_ahead(partial(_load, count=options.crops), batches, options.batch_size):
+            for batch, coming in _ahead(load, batches, options.batch_size):
                 prepared: list[Prepared] = []
-                for (item, _), parts in zip(batch, loaded):
+                for (item, _), future in zip(batch, coming):
                     try:
-                        views = _views(parts, annotate, options.mirror)
+                        views = future.result()()
                         prepared.append(Prepared(item, stamps[item.name], texts[item.name], views))
                     except PictureError as error:
                         skipped.append(Skipped(item.name, str(error)))
@@ -115,7 +124,7 @@ def make(
         raise DatasetError(f"none of {len(items)} items could be used: {'; '.join(map(str, skipped[:3]))}")
 
 
-def _stamps(items: Sequence[Item]) -> tuple[dict[str, str], list[Skipped]]:
+def stamps_of(items: Sequence[Item]) -> tuple[dict[str, str], list[Skipped]]:
     """The stamp of each item, and the items whose files are gone."""
     stamps, skipped = {}, []
     for item in items:
@@ -151,7 +160,7 @@ def size_in_words(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _groups(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[Skipped]]:
+def groups_of(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[Skipped]]:
     """The items of each size, and the items that are no pictures."""
     found: dict[tuple[int, int], Group] = defaultdict(list)
     skipped = []
@@ -165,7 +174,8 @@ def _groups(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[S
     return [found[size] for size in sorted(found)], skipped
 
 
-def _forms(item: Item, options: CachingOptions) -> tuple[str, ...]:
+def forms_of(item: Item, options: CachingOptions) -> tuple[str, ...]:
+    """The forms of an item's caption that it is trained on with."""
     return captions.forms(item.prompt, item.name, options.caption_variants, options.tag_dropout, options.keep_tags)
 
 
@@ -183,24 +193,24 @@ def crops(centre: Crop, name: str, count: int) -> list[Crop]:
     return found
 
 
-Loaded = list[tuple[Crop, np.ndarray, np.ndarray | None]] | PictureError
-"""Each part of a picture with its hint, or why there are none."""
+Loaded = Callable[[], tuple[View, ...]]
+"""Gives the views of a picture that is in memory, whose hints are made then or already."""
+
+Part = tuple[Crop, np.ndarray, np.ndarray | None]
+"""A part of a picture with its hint, if it has one."""
 
 
-def _load(item: Item, centre: Crop, count: int) -> Loaded:
-    try:
-        picture = read(item.picture)
-        return [
-            (crop, crop.of(picture, Image.Resampling.LANCZOS), None if item.hint is None else hint_of(item.hint, crop))
-            for crop in crops(centre, item.name, count)
-        ]
-    except PictureError as error:
-        return error
+def _load(item: Item, centre: Crop, count: int) -> list[Part]:
+    picture = read(item.picture)
+    return [
+        (crop, crop.of(picture, Image.Resampling.LANCZOS), None if item.hint is None else hint_of(item.hint, crop))
+        for crop in crops(centre, item.name, count)
+    ]
 
 
-def _loaded_ahead(
+def _ahead(
     load: Callable[[Item, Crop], Loaded], batches: Sequence[Group], threads: int
-) -> Iterator[tuple[Group, list[Loaded]]]:
+) -> Iterator[tuple[Group, list[Future[Loaded]]]]:
     """Each batch with what `load` makes of its items; the next batch is loaded while this one is encoded."""
     with ThreadPoolExecutor(threads) as pool:
         coming: list[list[Future[Loaded]]] = []
@@ -208,15 +218,13 @@ def _loaded_ahead(
             coming += [
                 [pool.submit(load, *each) for each in following] for following in batches[i + len(coming) : i + 2]
             ]
-            yield batch, [future.result() for future in coming.pop(0)]
+            yield batch, coming.pop(0)
 
 
-def _views(loaded: Loaded, annotate: Annotate | None, mirror: bool) -> tuple[View, ...]:
+def _views(parts: Sequence[Part], annotate: Annotate | None, mirror: bool) -> tuple[View, ...]:
     """Every part of a picture, with `mirror` its mirror image after it, each with its hint."""
-    if isinstance(loaded, PictureError):
-        raise loaded
     found = []
-    for number, (crop, picture, hint) in enumerate(loaded):
+    for number, (crop, picture, hint) in enumerate(parts):
         for mirrored in (False, True) if mirror else (False,):
             turned = picture[:, ::-1] if mirrored else picture
             if annotate is not None:

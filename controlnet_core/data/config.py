@@ -16,7 +16,7 @@ from .writer import CachingOptions
 GIVEN = "given"
 """In place of an annotator's name: hints are those of the folder."""
 
-TOP = ("output", "model", "data", "training", "validation")
+TOP = ("output", "trackers", "model", "data", "training", "validation")
 """The keys at the top of the file."""
 
 MODEL: dict[str, tuple[Any, str]] = {
@@ -29,6 +29,7 @@ MODEL: dict[str, tuple[Any, str]] = {
 DATA: dict[str, tuple[Any, str]] = {
     "dataset": ("dataset", "folder of the cached dataset"),
     "folder": ("pictures", "folder of pictures, captions and hints that the dataset is made of"),
+    "cached": (True, "false: no dataset is made; training encodes each picture and caption whenever it needs it"),
     "resolution": (CachingOptions.resolution, "pictures become about as large as a square of this side"),
     "annotator": (GIVEN, "given: the folder's own hints; else the annotator that makes a hint of every picture"),
     "annotator_resolution": (0, "short side of what the annotator looks at; 0: the size that is trained on"),
@@ -67,7 +68,10 @@ class ConfigError(ZeroConvError):
 
 @dataclass(frozen=True)
 class Making:
-    """A dataset as its file describes it: what it is made with, what of, and where to."""
+    """A dataset as its file describes it: what it is made with, what of, and where to.
+
+    Without `cached` it is not made: training reads `folder`. `prompts` are those that are sampled on the way.
+    """
 
     base: Path
     tokenizer: Path | None
@@ -77,6 +81,8 @@ class Making:
     dataset: Path
     annotator_weights: Path
     options: CachingOptions
+    cached: bool = True
+    prompts: tuple[str, ...] = ()
 
 
 def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
@@ -96,13 +102,22 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
     for key, (least, most) in RANGES.items():
         if not least <= said[key] <= most:
             raise ConfigError(f"{_file(path)}{place('data', key)} is {said[key]}: expected {least} to {most}")
+    if not said["cached"] and said["annotator"] != GIVEN:
+        raise ConfigError(
+            f"{_file(path)}{place('data', 'cached')} is false, which goes with hints that lie beside the pictures "
+            f"(annotator {GIVEN}), found annotator {said['annotator']}"
+        )
+    validation = found[""].get("validation", [])
+    prompts = (
+        [each.get("prompt") for each in validation if isinstance(each, dict)] if isinstance(validation, list) else []
+    )
     return Making(
         base=path_of(path, found, "model", "base"),
         tokenizer=optional_path_of(path, found, "model", "tokenizer"),
         vae=optional_path_of(path, found, "model", "vae"),
         loras=loras_of(path, found),
         folder=path_of(path, found, "data", "folder"),
-        dataset=path_of(path, found, "data", "dataset"),
+        dataset=path_of(path, found, "data", "dataset" if said["cached"] else "folder"),
         annotator_weights=path_of(path, found, "data", "annotator_weights", DATA["annotator_weights"][0]),
         options=CachingOptions(
             resolution=said["resolution"],
@@ -111,6 +126,8 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Making:
             hint_resolution=0 if said["annotator"] == GIVEN else said["annotator_resolution"],
             **{key: said[key] for key in ("batch_size", "crops", "caption_variants", "tag_dropout", "keep_tags")},
         ),
+        cached=said["cached"],
+        prompts=tuple(prompt for prompt in prompts if isinstance(prompt, str)),
     )
 
 

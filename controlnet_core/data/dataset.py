@@ -102,13 +102,7 @@ class Dataset:
         wrong = [said for part in (*manifest.prompts, *manifest.shards) if (said := damage(folder, part, whole=False))]
         if wrong:
             raise _damaged(folder, "; ".join(wrong))
-        places = tuple(
-            Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width, entry.crop, variant)
-            for shard in manifest.shards
-            for row, entry in enumerate(shard.entries)
-            if entry.live
-            for variant in range(manifest.options.get("caption_variants", 1))
-        )
+        places = places_of(manifest)
         if not places:
             raise DatasetError(f"{folder} holds a dataset without items: make it again from pictures that can be read")
         return cls(folder, manifest, places)
@@ -290,6 +284,17 @@ class Dataset:
     def enlarged_preview(self, latents: Tensor) -> Tensor:
         """`preview` at the size of the pictures, (B,3,8h,8w)."""
         return F.interpolate(self.preview(latents), scale_factor=8, mode="bicubic").clamp(0, 1)
+
+
+def places_of(manifest: Manifest) -> tuple[Place, ...]:
+    """The items of a dataset, in its order."""
+    return tuple(
+        Place(entry.name, entry.mirrored, shard.file, row, shard.height, shard.width, entry.crop, variant)
+        for shard in manifest.shards
+        for row, entry in enumerate(shard.entries)
+        if entry.live
+        for variant in range(manifest.options.get("caption_variants", 1))
+    )
 
 
 def _check_row(row: dict[str, Tensor], place: Place) -> None:

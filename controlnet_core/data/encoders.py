@@ -174,7 +174,8 @@ def _of_folder(folder: Path) -> list[TextEncoder]:
     count = sum((folder / name).is_dir() for name in ("text_encoder", "text_encoder_2"))
     if not count:
         raise EncoderError(
-            f"{folder} holds no model: expected a folder in diffusers' layout, with vae/, text_encoder/ and tokenizer/"
+            f"{folder} holds no model: expected a folder in diffusers' layout, with vae/, text_encoder/ and "
+            "tokenizer/; of lab/weights prompts are encoded when the dataset is made"
         )
     transformers = _library("transformers")
 

@@ -109,23 +109,8 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         for names in ("shard-*", "prompts-*", NAME):
             sweep(folder, names)
-        probe, (context, pooled) = self._latents(probe_picture())[0], encode_prompt("")
-        fixed = {
-            "resolution": options.resolution,
-            "mirror": options.mirror,
-            "hints": options.hints,
-            "hint_resolution": options.hint_resolution,
-            "crops": options.crops,
-            "caption_variants": options.caption_variants,
-            **(
-                {}
-                if options.caption_variants == 1
-                else {"tag_dropout": options.tag_dropout, "keep_tags": options.keep_tags}
-            ),
-            "latent_channels": probe.shape[0],
-            "context_channels": context.shape[-1],
-            "pooled_channels": 0 if pooled is None else pooled.shape[-1],
-        }
+        probe, (context, pooled) = latents_of(encode_pictures, probe_picture())[0], encode_prompt("")
+        fixed = described(options, probe, context, pooled)
         found = read_manifest(folder)
         if found is None:
             width = probe.shape[0] + 1
@@ -225,7 +210,7 @@ class Writer:
         if not prepared:
             return []
         views = zip(*(each.views for each in prepared))
-        encoded = [self._latents(np.stack([view.picture for view in column])) for column in views]
+        encoded = [latents_of(self._encode_pictures, np.stack([view.picture for view in column])) for column in views]
         skipped = []
         for each, latents in zip(prepared, zip(*encoded)):
             if not all(latent.isfinite().all() for latent in latents):
@@ -239,7 +224,7 @@ class Writer:
         return skipped
 
     def _row(self, prepared: Prepared, view: View, latents: Tensor) -> Row:
-        self._moments += _moments(latents, view.picture)
+        self._moments += moments(latents, view.picture)
         numbers = [self._numbers[prompt] for prompt in prepared.prompts]
         tensors = {
             "latents": latents,
@@ -249,18 +234,6 @@ class Writer:
         if self._manifest.options["pooled_channels"]:
             tensors["sizes"] = torch.tensor(view.crop.sizes, dtype=torch.int32)
         return Row(Entry(prepared.item.name, prepared.stamp, view.mirrored, crop=view.number), tensors)
-
-    def _latents(self, pictures: np.ndarray) -> Tensor:
-        """Of pictures (B,H,W,3) uint8 the latents (B,4,H/8,W/8), fp32 on the CPU."""
-        given = rearrange(torch.from_numpy(pictures).float() / 255, "b h w c -> b c h w")
-        latents = self._encode_pictures(given).to("cpu", torch.float32)
-        height, width = (side // 8 for side in given.shape[-2:])
-        if latents.shape[0] != len(given) or latents.shape[1:] != (4, height, width):
-            raise DatasetError(
-                f"the VAE makes latents {times(latents.shape[1:])} of pictures {times(given.shape[1:])}, expected "
-                f"4x{height}x{width}: connect the VAE of an SD1.x, SD2.x or SDXL model"
-            )
-        return latents
 
     def flush(self) -> None:
         """Write the rows that are held as a shard, and the manifest that names it."""
@@ -285,6 +258,36 @@ class Writer:
         return (self._folder / file).stat().st_size, checksum.of_file(self._folder / file)
 
 
+def described(options: CachingOptions, probe: Tensor, context: Tensor, pooled: Tensor | None) -> dict[str, Any]:
+    """What stands in a manifest about a dataset as a whole; `probe` (4,h,w) is a latent."""
+    shuffled = {"tag_dropout": options.tag_dropout, "keep_tags": options.keep_tags}
+    return {
+        "resolution": options.resolution,
+        "mirror": options.mirror,
+        "hints": options.hints,
+        "hint_resolution": options.hint_resolution,
+        "crops": options.crops,
+        "caption_variants": options.caption_variants,
+        **({} if options.caption_variants == 1 else shuffled),
+        "latent_channels": probe.shape[0],
+        "context_channels": context.shape[-1],
+        "pooled_channels": 0 if pooled is None else pooled.shape[-1],
+    }
+
+
+def latents_of(encode_pictures: EncodePictures, pictures: np.ndarray) -> Tensor:
+    """Of pictures (B,H,W,3) uint8 the latents (B,4,H/8,W/8), fp32 on the CPU."""
+    given = rearrange(torch.from_numpy(pictures).float() / 255, "b h w c -> b c h w")
+    latents = encode_pictures(given).to("cpu", torch.float32)
+    height, width = (side // 8 for side in given.shape[-2:])
+    if latents.shape[0] != len(given) or latents.shape[1:] != (4, height, width):
+        raise DatasetError(
+            f"the VAE makes latents {times(latents.shape[1:])} of pictures {times(given.shape[1:])}, expected "
+            f"4x{height}x{width}: connect the VAE of an SD1.x, SD2.x or SDXL model"
+        )
+    return latents
+
+
 _CHOOSE = "one dataset holds what one encoder makes: choose another name, or connect the same as before"
 
 
@@ -307,7 +310,7 @@ def probe_picture() -> np.ndarray:
     return np.stack([across, down, squares], axis=-1)[None]
 
 
-def _moments(latents: Tensor, picture: np.ndarray) -> np.ndarray:
+def moments(latents: Tensor, picture: np.ndarray) -> np.ndarray:
     """Sums over latent pixels, (C+1, C+1+3): of (latent, 1) times itself, and times its pixels' mean colour."""
     x = rearrange(latents.double(), "c h w -> (h w) c").numpy()
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)

@@ -21,11 +21,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..data.config import MODEL, dashed
+from ..data import encoders, sources
+from ..data.config import MODEL, Making, dashed
 from ..data.dataset import Batch, Dataset
 from ..data.encoders import EncoderError, decoder, read_prompts
 from ..data.manifest import DatasetError
 from ..data.pictures import PictureError
+from ..data.sources import SourceError
+from ..data.uncached import Uncached
 from ..files.base import Base, read_base
 from ..files.loading import LoadError, load_control, read_weights
 from ..files.lock import LockedError, locked
@@ -55,6 +58,7 @@ EXPECTED = (
     OptionsError,
     PictureError,
     SaveError,
+    SourceError,
     TrainingStopped,
 )
 """What is no fault of the program: said in one sentence, without a traceback."""
@@ -95,7 +99,7 @@ def run(run: Run, process: Process) -> int:
 
 
 def _run(run: Run, process: Process) -> int:
-    dataset = Dataset.open(run.dataset)
+    dataset = Dataset.open(run.dataset) if run.making is None else _uncached(run, run.making)
     base = read_base(run.base, run.loras)
     run = _predicting(run, base)
     saved = checkpoint.options_of(run.output / CHECKPOINTS)
@@ -145,6 +149,15 @@ def _run(run: Run, process: Process) -> int:
         logging.info("%s", next_steps(run.output))
     _say(process, f"done: {run.output / 'control.safetensors'}")
     return 0
+
+
+def _uncached(run: Run, making: Making) -> Dataset:
+    """The pictures that a run reads themselves, with the encoders of its base."""
+    found = encoders.read(run.base, making.tokenizer, making.vae, run.loras)
+    source = sources.read(making.folder)
+    for skipped in source.skipped:
+        logging.warning("left out: %s", skipped)
+    return Uncached.of(making.folder, source.items, found.pictures, found.prompt, making.options, making.prompts)
 
 
 def _predicting(run: Run, base: Base) -> Run:
@@ -223,7 +236,7 @@ class Watch:
         folder = self._run.output
         if self._log is None:
             facts = {"base": str(self._run.base), "dataset": str(self._run.dataset), **self._run.options.as_dict()}
-            self._log = Log.open(folder, progress.step - 1, facts)
+            self._log = Log.open(folder, progress.step - 1, facts, self._run.trackers)
             text = json.dumps(facts, indent=2) + "\n"
             (folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
         pictures = None

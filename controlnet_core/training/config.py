@@ -13,6 +13,7 @@ from ..data.config import (
     OF_TRAINING,
     TOP,
     ConfigError,
+    Making,
     line,
     load,
     loras_of,
@@ -20,6 +21,7 @@ from ..data.config import (
     path_of,
     section,
 )
+from ..data.config import read as read_data
 from .options import MEANINGS, TrainingOptions
 from .validation import ValidationPrompt
 
@@ -44,7 +46,8 @@ class Run:
 
     Without `prediction_given` what the model predicts is not `options.prediction` but what its file says. `vae` shows
     samples in true colours, and `control` is what it begins with. `prompts` are sampled with the held-out pictures;
-    `tokenizer` is for those that the dataset does not have.
+    `tokenizer` is for those that the dataset does not have. With `making` there is no cached dataset: `dataset` is the
+    folder of pictures, which are read as that says. `trackers` are told of losses and samples.
     """
 
     base: Path
@@ -57,6 +60,8 @@ class Run:
     loras: tuple[Path, ...] = ()
     tokenizer: Path | None = None
     prompts: tuple[ValidationPrompt, ...] = ()
+    making: Making | None = None
+    trackers: tuple[str, ...] = ()
 
     def predicting(self, prediction: str) -> Run:
         """This training of a model that predicts this."""
@@ -69,14 +74,36 @@ def read(path: Path | None, overrides: Mapping[str, Any]) -> Run:
     Relative paths are relative to the file. Raises ConfigError, and OptionsError for a value that no option takes.
     """
     found = load(path, SECTIONS, overrides)
+    making = None if found["data"].get("cached", True) is True else read_data(path, overrides)
+    source = "dataset" if making is None else "folder"
     base, dataset, output = (
-        path_of(path, found, where, key) for where, key in (("model", "base"), ("data", "dataset"), ("", "output"))
+        path_of(path, found, where, key) for where, key in (("model", "base"), ("data", source), ("", "output"))
     )
     vae, control, tokenizer = (optional_path_of(path, found, "model", key) for key in ("vae", "control", "tokenizer"))
     prediction = {key: value for key, value in found["model"].items() if key == "prediction" and value != AUTO}
     options = TrainingOptions(**prediction, **found["training"])
     loras, prompts = loras_of(path, found), _prompts(path, found)
-    return Run(base, dataset, output, options, bool(prediction), vae, control, loras, tokenizer, prompts)
+    return Run(
+        base,
+        dataset,
+        output,
+        options,
+        bool(prediction),
+        vae,
+        control,
+        loras,
+        tokenizer,
+        prompts,
+        making,
+        _trackers(path, found),
+    )
+
+
+def _trackers(path: Path | None, found: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    named = found[""].get("trackers", [])
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ConfigError(f'{path}: trackers is {named!r}: expected a list of names such as ["wandb"]')
+    return tuple(named)
 
 
 def _prompts(path: Path | None, found: Mapping[str, Mapping[str, Any]]) -> tuple[ValidationPrompt, ...]:
@@ -102,6 +129,7 @@ def defaults() -> str:
         "# Paths are relative to this file. What is left out has the value that stands here.",
         "",
         line("output", "run", "folder of the run: checkpoints, samples, logs and control.safetensors"),
+        line("trackers", [], 'of accelerate, such as ["wandb"], told beside the files in it and TensorBoard'),
         *section("model", MODEL),
         line("prediction", AUTO, f"{MEANINGS['prediction']}; auto: as the model's own file says"),
         line("control", "", "control, or checkpoint of another run, to begin with; none: a fresh one"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -42,8 +42,11 @@ class Log:
     disk when `add` returns. `losses`, `fidelity` and `validation` are (step, value).
     """
 
-    def __init__(self, losses: Table, fidelity: Table, validation: Table | None, events: Any):
+    def __init__(
+        self, losses: Table, fidelity: Table, validation: Table | None, events: Any, trackers: Sequence[Any] = ()
+    ):
         self._losses, self._fidelity, self._validation, self._events = losses, fidelity, validation, events
+        self._trackers = list(trackers)
         self._average = Average()
         self._clock: deque[float] = deque(maxlen=RECENT + 1)
         self.losses: list[tuple[int, float]] = []
@@ -55,12 +58,19 @@ class Log:
         self.validation = [(int(row[0]), float(row[1])) for row in (validation.rows if validation else ())]
 
     @classmethod
-    def open(cls, folder: Path, step: int = 0, options: Mapping[str, object] | None = None) -> Log:
+    def open(
+        cls,
+        folder: Path,
+        step: int = 0,
+        options: Mapping[str, object] | None = None,
+        trackers: Sequence[str] = (),
+    ) -> Log:
         """The log in `folder` of a training that goes on after `step`; 0 for one that begins, with nothing before it.
 
         Rows beyond `step` were written by a run that was cut off after its last checkpoint: they are cut away, as is a
-        row half written. The others stay as they are, byte for byte. `options` are shown by TensorBoard.
-        Raises LogError where the files cannot be written or are not such a log.
+        row half written. The others stay as they are, byte for byte. `options` are shown by TensorBoard,
+        and by `trackers`, names of what accelerate tells of it too, such as wandb.
+        Raises LogError where the files cannot be written or are not such a log, or a tracker cannot be had.
         """
         step = step if step > 0 else -1  # a training that begins measures step 0 itself
         try:
@@ -70,7 +80,8 @@ class Log:
             validation = Table(held_out, VALIDATION, step) if held_out.exists() else None
         except OSError as error:
             raise LogError(_failure(folder, error)) from error
-        return cls(tables[0], tables[1], validation, _events(folder / "tensorboard", step, options or {}))
+        started = [_tracker(name, options or {}) for name in trackers]
+        return cls(tables[0], tables[1], validation, _events(folder / "tensorboard", step, options or {}), started)
 
     def __enter__(self) -> Log:
         return self
@@ -86,6 +97,7 @@ class Log:
             self._validation.close()
         if self._events is not None:
             self._events.close()
+        self._tell(lambda tracker: tracker.finish())
 
     def add(self, progress: Progress, picture: np.ndarray | None = None) -> None:
         """Log what `train` yields; `picture` (H,W,3) uint8 shows its samples, for TensorBoard.
@@ -119,6 +131,18 @@ class Log:
                     self._events.add_image("samples", picture, step, dataformats="HWC")
         except OSError as error:
             raise LogError(_failure(self._losses.path.parent, error)) from error
+        self._tell(lambda tracker: tracker.log(scalars, step=step))
+        if picture is not None:
+            self._tell(lambda tracker: getattr(tracker, "log_images", _nothing)({"samples": [picture]}, step=step))
+
+    def _tell(self, what: Callable[[Any], Any]) -> None:
+        """Tell the trackers; one that cannot be told is no reason to end a training, and is left alone from then on."""
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:  # noqa: BLE001  (each has errors of its own)
+                logger.warning("%s is no longer told of this training: %s", tracker.name, error)
+                self._trackers.remove(tracker)
 
     @property
     def smoothed(self) -> float | None:
@@ -268,6 +292,35 @@ def _events(folder: Path, step: int, options: Mapping[str, object]) -> Any:
     if options:
         writer.add_text("options", _table(options.items()), step + 1)
     return writer
+
+
+def _tracker(name: str, options: Mapping[str, object]) -> Any:
+    """One of accelerate's trackers, started in the project zeroconv; raises LogError where it cannot be."""
+    try:
+        from accelerate import PartialState  # type: ignore[import-not-found]
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise LogError(f"tracker {name} is reached through accelerate, which is not installed: install it") from error
+    known = {each: kind for each, kind in LOGGER_TYPE_TO_CLASS.items() if not kind.requires_logging_directory}
+    if name not in known:
+        raise LogError(
+            f"there is no tracker {name!r}: choose of {', '.join(known)}; TensorBoard needs no mention, only to be "
+            "installed"
+        )
+    try:
+        PartialState()  # its own log asks for it; it takes the processes as they are
+        tracker = known[name]("zeroconv")
+        tracker.start()
+        tracker.store_init_configuration(dict(options))
+    except Exception as error:
+        raise LogError(
+            f"tracker {name} cannot be started ({error}): install it, log in to it, or leave it out"
+        ) from error
+    return tracker
+
+
+def _nothing(*_: Any, step: int) -> None:
+    """In place of what some trackers do not do."""
 
 
 def _table(rows: Iterable[tuple[str, object]]) -> str:

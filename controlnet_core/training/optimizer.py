@@ -54,13 +54,12 @@ def make(
         for module, rate in ((control, options.learning_rate), (decoder, options.decoder_learning_rate))
     ]
     groups = [group for group in groups if group["params"]]
-    reason = unsharded(options, process.world) if options.shard_optimizer else ""
-    if reason:
-        log.info("the optimizer's state is not divided: %s", reason)
-    if options.shard_optimizer and not reason:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every torch
+    if options.shard_optimizer:
+        if not (reason := unsharded(options, process.world)):
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # not in every torch
 
-        return ZeroRedundancyOptimizer(groups, lambda own: _made(options, own))  # type: ignore[arg-type]
+            return ZeroRedundancyOptimizer(groups, lambda own: _made(options, own))  # type: ignore[arg-type]
+        log.info("the optimizer's state is not divided: %s", reason)
     return _made(options, groups)
 
 

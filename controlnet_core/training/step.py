@@ -76,17 +76,18 @@ class CudaGraphs:
 
 
 class Reading:
-    """The loss of a step and the norm of its gradient, on their way to the CPU."""
+    """The loss of a step and the norm of its gradient; with `late`, on their way to the CPU from now on."""
 
-    def __init__(self, loss: Tensor, norm: Tensor):
-        self._numbers = [number.to("cpu", non_blocking=number.is_cuda) for number in (loss, norm)]
-        self._arrived = None
-        if loss.is_cuda:
+    def __init__(self, loss: Tensor, norm: Tensor, late: bool):
+        self._numbers, self._arrived = [loss, norm], None
+        if late:
+            self._numbers = [number.to("cpu", non_blocking=number.is_cuda) for number in self._numbers]
+        if late and loss.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(loss.device))
 
     def wait(self) -> tuple[float, float]:
-        """Both, once the device has come to where they were asked for; what it was given since goes on."""
+        """Both, once the device has come that far; late ones do not wait for what it was given since."""
         if self._arrived is not None:
             self._arrived.synchronize()
         loss, norm = (number.item() for number in self._numbers)
@@ -140,7 +141,7 @@ class Steps:
             self._share.fill_(optimizer.share(state.decay, state.step + 1))
             self._run("end", None)
         state.step += 1
-        return Reading(self._process.mean(self._total), self._norm)
+        return Reading(self._process.mean(self._total), self._norm, late=self._backend is not None)
 
     def begin(self) -> None:
         """Give the device the passes of the next step, which change no weights; nothing where it is not that fast."""

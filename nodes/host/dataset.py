@@ -75,7 +75,8 @@ def make(
     items, skipped, layout = _items(pictures, options.hints)
     encode_pictures, encode_prompt = encoders(vae, clip, model)
     annotate = None if options.hints == GIVEN else annotator(options.hints, options.hint_resolution, node_id)
-    run = caching.make(folder, items, encode_pictures, encode_prompt, annotate, options)
+    ahead = annotate is not None and not MAKERS[options.hints].networks  # which the host moves about for the VAE
+    run = caching.make(folder, items, encode_pictures, encode_prompt, annotate, options, annotate_ahead=ahead)
     with locked(folder), closing(run):  # type: ignore[type-var]
         move: Callable[[int, Any], None] | None = None
         for progress in run:

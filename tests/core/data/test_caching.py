@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -463,3 +464,33 @@ def test_items_stay_as_they_are(tmp_path: Path):
     for item, same in zip(given, before):
         assert np.array_equal(item.picture, same.picture)
         assert np.array_equal(item.hint, same.hint)
+
+
+def test_hints_made_ahead_in_threads_are_the_same(tmp_path: Path):
+    """While the encoder works on a batch the hints of the next one are made; a picture without one is named."""
+    seen, enough = [], threading.Event()
+
+    def annotate(picture: np.ndarray) -> np.ndarray:
+        seen.append(threading.current_thread() is threading.main_thread())
+        if len(seen) > SMALL.batch_size:
+            enough.set()
+        if (picture[0, 0] == 1).all():
+            raise PictureError("nothing is to be seen in it")
+        return 1 - picture
+
+    class Slow(Encoders):
+        def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+            assert len(pictures) == PROBE or enough.wait(60), "the encoder works alone"
+            return super().encode_pictures(pictures)
+
+    white = array(9)
+    white[0, 0] = 255
+    given = [*items(6), Item("white.png", white)]
+    slow = Slow()
+    *_, last = make(tmp_path / "ahead", given, slow.encode_pictures, slow.encode_prompt, annotate, SMALL, (), True)
+    assert not any(seen)
+    assert [str(each) for each in last.skipped] == ["white.png: nothing is to be seen in it"]
+    cache(tmp_path / "here", given, annotate=annotate)
+    assert any(seen)
+    ahead, here = by_name(tmp_path / "ahead"), by_name(tmp_path / "here")
+    assert ahead.keys() == here.keys() and all(torch.equal(ahead[name][1], here[name][1]) for name in here)

@@ -108,6 +108,14 @@ def test_python_3_10_without_tomli_is_told_what_to_install(monkeypatch: pytest.M
         config.read(written(tmp_path / "x.toml", WHOLE), {})
 
 
+def test_trackers_are_a_list_of_names(tmp_path: Path):
+    assert config.read(written(tmp_path / "x.toml", WHOLE), {}).trackers == ()
+    named = config.read(written(tmp_path / "x.toml", 'trackers = ["wandb", "mlflow"]\n' + WHOLE), {})
+    assert named.trackers == ("wandb", "mlflow")
+    with pytest.raises(ConfigError, match=r"trackers is 'wandb': expected a list of names such as \[\"wandb\"\]"):
+        config.read(written(tmp_path / "x.toml", 'trackers = "wandb"\n' + WHOLE), {})
+
+
 def test_the_defaults_are_a_file_of_all_options(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert command.main(["--defaults"]) == 0
     text = capsys.readouterr().out

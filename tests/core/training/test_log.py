@@ -5,9 +5,12 @@ from __future__ import annotations
 import builtins
 import logging
 import random
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -293,3 +296,70 @@ def test_the_line_of_a_log(tmp_path: Path, no_tensorboard: None):
     assert log.describe(progress(10)) == (
         f"step 10/20 | loss {progress(10).loss:.4f} (smoothed {log.smoothed:.4f}) | 3.0 steps/s | 3 s left"
     )
+
+
+# -- trackers ---------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """As accelerate's are."""
+
+    name, requires_logging_directory = "mine", False
+    made: ClassVar[list[Tracker]] = []
+
+    def __init__(self, project: str):
+        self.told: list[Any] = [project]
+        self.made.append(self)
+
+    def start(self) -> None:
+        self.told.append("start")
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.told.append(values)
+
+    def log(self, values: dict, step: int) -> None:
+        if step == 3:
+            raise ConnectionError("the line is cut")
+        self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.told.append("finish")
+
+
+@pytest.fixture
+def accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    Tracker.made.clear()
+    module: Any = ModuleType("accelerate.tracking")
+    module.LOGGER_TYPE_TO_CLASS = {"mine": Tracker, "far": type("Far", (Tracker,), {"start": lambda _: 1 / 0})}
+    whole: Any = ModuleType("accelerate")
+    whole.PartialState = object
+    monkeypatch.setitem(sys.modules, "accelerate", whole)
+    monkeypatch.setitem(sys.modules, "accelerate.tracking", module)
+
+
+@pytest.mark.usefixtures("accelerate")
+def test_trackers_are_told_and_one_that_fails_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    picture = np.zeros((4, 4, 3), np.uint8)
+    with Log.open(tmp_path / "a", options={"rank": 64}, trackers=["mine"]) as log:
+        log.add(progress(1, loss=0.5, fidelity=0.25), picture)
+    (tracker,) = Tracker.made
+    assert tracker.told[:3] == ["zeroconv", "start", {"rank": 64}] and tracker.told[4:] == ["finish"]
+    assert tracker.told[3][0] == 1 and tracker.told[3][1].items() >= {"loss": 0.5, "fidelity": 0.25}.items()
+    with Log.open(tmp_path / "b", trackers=["mine"]) as log:
+        for step in (2, 3, 4):
+            log.add(progress(step, loss=0.5))
+    assert "mine is no longer told of this training: the line is cut" in caplog.text
+    assert [each[0] for each in Tracker.made[1].told[3:]] == [2]
+    assert [step for step, _ in log.losses] == [2, 3, 4]
+
+
+@pytest.mark.usefixtures("accelerate")
+def test_a_tracker_that_cannot_be_had_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(LogError, match="there is no tracker 'none': choose of mine, far; TensorBoard needs no mention"):
+        Log.open(tmp_path, trackers=["none"])
+    with pytest.raises(LogError, match=r"tracker far cannot be started \(division by zero\): install it, log in"):
+        Log.open(tmp_path, trackers=["far"])
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "accelerate.tracking")
+    with pytest.raises(LogError, match="tracker mine is reached through accelerate, which is not installed"):
+        Log.open(tmp_path, trackers=["mine"])

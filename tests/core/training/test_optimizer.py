@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,17 @@ import torch
 from torch import nn
 
 from zeroconv.controlnet_core.data.dataset import Dataset
-from zeroconv.controlnet_core.training.optimizer import LIBRARIES, average, counted, factor, make, share
+from zeroconv.controlnet_core.training.distributed import Process
+from zeroconv.controlnet_core.training.optimizer import (
+    LIBRARIES,
+    average,
+    counted,
+    factor,
+    local,
+    make,
+    share,
+    unsharded,
+)
 from zeroconv.controlnet_core.training.options import OPTIMIZERS, OptionsError
 
 from . import other_optimizers
@@ -172,3 +183,30 @@ def test_average_written_out():
     average(averages, {"w": torch.tensor([3.0])}, share(0.5, step=1000))
     assert averages["w"].item() == pytest.approx(0.5 * 10 / 11 + 0.5 * 3)
     assert parameters["w"].item() == 1
+
+
+# -- divided among processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "said"),
+    [
+        ({}, 1, "one process alone"),
+        ({"optimizer": "prodigy"}, 2, "prodigy needs all weights"),
+        ({"optimizer_in_ram": True}, 2, "steps all weights part by part"),
+        ({"control_weights": "bf16", "precision": "bf16"}, 2, "steps all weights part by part"),
+        ({"optimizer": "lion"}, 2, "^$"),
+    ],
+)
+def test_why_a_state_is_not_divided(options: dict[str, Any], world: int, said: str):
+    assert re.search(said, unsharded(quick(**options), world))
+
+
+def test_what_cannot_be_divided_is_whole_and_the_log_says_why(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    layers = nn.Linear(2, 2), nn.Linear(2, 2)
+    made = make(quick(shard_optimizer=True, optimizer_in_ram=True), *layers, Process(0, 2))
+    assert local(made) is made and len(made.param_groups) == 2
+    assert "the optimizer's state is not divided: with optimizer_in_ram" in caplog.text
+    caplog.clear()
+    assert isinstance(make(quick(), *layers, Process(0, 2)), torch.optim.AdamW) and not caplog.text
