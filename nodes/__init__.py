@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .annotate import Annotate
 from .apply import ApplyControl, ApplyControlToPrompt, StackControls
+from .compare import CompareImages
 from .dataset import LabScenes, MakeControlDataset
 from .dosing import ControlBlockWeights, ControlSchedule
 from .found import findable
@@ -31,6 +32,7 @@ NODES = [
         RecordControl,
         ControlReport,
         MeasureControl,
+        CompareImages,
         InspectControl,
         NewControlNet,
         SaveControlNet,

@@ -42,6 +42,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "RecordControl": ("debug controlnet", "controlnet report"),
     "ControlReport": ("debug controlnet", "controlnet report", "heat map"),
     "MeasureControl": ("compare", "score", "evaluate", "metric", "fidelity"),
+    "CompareImages": ("compare", "before after", "slider", "image compare", "side by side"),
     "InspectControl": ("controlnet info", "model info", "metadata"),
     "NewControlNet": ("create controlnet", "init controlnet", "zero convolution"),
     "SaveControlNet": ("convert controlnet", "export controlnet", "transfer controlnet", "extract controlnet"),

@@ -27,15 +27,22 @@ app.registerExtension({
     const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT };
     const widget = node.addDOMWidget("zeroconv_hint", "zeroconv_hint", box, options);
     widget.serialize = false; // neither the prompt nor the saved workflow keeps it
-    const before = node.onExecuted;
-    node.onExecuted = function (output) {
-      before?.apply(this, arguments);
+    const show = (output) => {
       if (!output?.hint) return;
       const [{ pictures, says }] = output.hint;
       words.textContent = says;
       left.hidden = !pictures.length;
       words.style.left = pictures.length ? "44%" : 0;
       if (pictures.length) picture.src = app.api.apiURL(`/view?${new URLSearchParams(pictures[0])}`);
+    };
+    const { onExecuted, onConfigure } = node;
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      show(output);
+    };
+    node.onConfigure = function () {
+      onConfigure?.apply(this, arguments);
+      setTimeout(() => show(app.nodeOutputs?.[node.id]), 300); // a tab that is opened again brings its outputs a little later
     };
   },
 });

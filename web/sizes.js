@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 
 /** Width and height in pixels, without the title. */
 const SIZES = {
+  CompareImages: [360, 420],
   ControlBlockWeights: [360, 520],
   ControlReport: [480, 960],
   ControlSchedule: [360, 480],

@@ -56,6 +56,7 @@ CONTRACT = {
         ],
         ["score", "report", "overlay"],
     ),
+    "CompareImages": (["before", "after"], []),
     "NewControlNet": (["model", "hint_channels", "hint_encoder"], ["control_net"]),
     "SaveControlNet": (
         ["control_net", "filename", "layout", "dtype", "content", "base", "target"],
