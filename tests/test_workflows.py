@@ -39,6 +39,7 @@ OWN = (
     "3_inpaint_sd15",
     "4_tile_upscale_sd15",
     "5_video_frames_sd15",
+    "6_edit_pose_sd15",
 )  # with the user's model and pictures; by their names they come first
 NAMES = (*OWN, *LAB)
 NOTES = {"MarkdownNote"}  # live in the front end alone
@@ -339,7 +340,7 @@ def with_the_lab(graph: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.host
 @pytest.mark.weights
-@pytest.mark.parametrize(("name", "side"), [*zip(OWN, (SIDE, SIDE, SIDE, 2 * SIDE, None))])
+@pytest.mark.parametrize(("name", "side"), [*zip(OWN, (SIDE, SIDE, SIDE, 2 * SIDE, None, SIDE))])
 def test_own_workflows_run_to_their_end(name: str, side: int | None, host_server: HostServer):
     run = host_server.run(with_the_lab(read_api(name)))
     (saved,) = [i for i, node in read_api(name).items() if node["class_type"] in ("SaveImage", "SaveVideo")]
