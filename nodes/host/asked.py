@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
-
-from aiohttp import web
+from typing import TYPE_CHECKING, Any
 
 from ...controlnet_core.errors import ZeroConvError
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 
 def answer(name: str, made: Callable[..., Any]) -> None:
@@ -19,6 +20,7 @@ def answer(name: str, made: Callable[..., Any]) -> None:
     server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is None:  # the pack is loaded without a server
         return
+    from aiohttp import web
 
     @server.routes.post(f"/zeroconv/{name}")
     async def _answered(request: web.Request) -> web.Response:
