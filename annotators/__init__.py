@@ -136,6 +136,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("lineart:lineart_manga",),
     ("normals:normal_marigold", "seed"),
     ("depth:depth_anything_3", "range"),
+    ("normals:normal_moge_large",),
 )
 """Each annotator as 'file:name', with the parameters that came with it: its record is in RECORDS of that file.
 
@@ -153,7 +154,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "depth": ("depth_anything", "depth_anything_3", "depth_moge", "depth_small", "depth_large", "depth_zoe"),
     "pose": ("human_pose", "dwpose", "pose"),
     "segments": ("segments_ade20k", "segments_coco", "segments_sam2", "mask_sam2", "superpixels"),
-    "normals": ("normal_moge", "normal_marigold", "normal_midas", "normal_from_depth"),
+    "normals": ("normal_moge", "normal_moge_large", "normal_marigold", "normal_midas", "normal_from_depth"),
     "picture": ("tile", "blur", "inpaint", "inpaint_lama", "luminance", "intensity", "color", "shuffle"),
 }
 """The annotators as lists show them: by what the hint is, first in each group what most controls want."""

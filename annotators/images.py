@@ -22,11 +22,14 @@ def to_bytes(image: np.ndarray) -> np.ndarray:
         raise AnnotatorError(f"image is {image.dtype}; give float in 0..1 or uint8 in 0..255")
     import cv2
 
-    return cv2.convertScaleAbs(np.clip(image, 0, 1, dtype=np.float32), alpha=255)  # rounds
+    values = image.astype(np.float32, copy=False)
+    if not values.min(initial=0) >= 0:
+        values = values.clip(0)
+    return cv2.convertScaleAbs(values, alpha=255)  # rounds, and stops at 255
 
 
 def to_picture(image: np.ndarray) -> np.ndarray:
-    """Any picture as a fresh (H,W,3) float32 RGB in 0..1.
+    """Any picture as (H,W,3) float32 RGB in 0..1, only to be read: one that is so already is given back.
 
     Reads (H,W), (H,W,1), (H,W,3) and (H,W,4); float in 0..1 (clipped), uint8 or uint16. Transparent pixels lie on
     white, as in the published preprocessors (lllyasviel/ControlNet annotator/util.py). Raises AnnotatorError for
@@ -41,15 +44,17 @@ def to_picture(image: np.ndarray) -> np.ndarray:
             "and at least one pixel"
         )
     if array.dtype in (np.uint8, np.uint16):
-        picture = array.astype(np.float32) / np.iinfo(array.dtype).max
+        picture = np.divide(array, np.iinfo(array.dtype).max, dtype=np.float32)
     elif np.issubdtype(array.dtype, np.floating):
-        picture = array.astype(np.float32)
-        if not np.isfinite(picture).all():
+        picture = array.astype(np.float32, copy=False)
+        ends = picture.min(), picture.max()
+        if not np.isfinite(ends).all():
             raise AnnotatorError(
                 f"image has {int((~np.isfinite(picture)).sum())} numbers that are not finite: look at the node that "
                 "made it, an overflow in half precision is the usual cause"
             )
-        picture = picture.clip(0, 1)
+        if ends[0] < 0 or ends[1] > 1:
+            picture = picture.clip(0, 1)
     else:
         raise AnnotatorError(f"image is {array.dtype}; give float in 0..1, uint8 or uint16")
     if picture.shape[2] == 4:
@@ -72,6 +77,8 @@ def pad_to_multiple(image: np.ndarray, multiple: int = PADDED) -> np.ndarray:
     By reflection: a last row that is repeated looks like lines to a network, and to its neighbourhood like an edge.
     """
     height, width = image.shape[:2]
+    if height % multiple == width % multiple == 0:
+        return image
     return np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)), mode="reflect")
 
 

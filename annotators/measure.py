@@ -21,7 +21,7 @@ SCORES: dict[str, tuple[str, ...]] = {
         "anyline", "lineart_manga",
     ),
     "depth": ("depth_large", "depth_small", "depth_anything", "depth_zoe", "depth_moge", "depth_anything_3"),
-    "normals": ("normal_midas", "normal_moge", "normal_marigold"),
+    "normals": ("normal_midas", "normal_moge", "normal_moge_large", "normal_marigold"),
     "segments": ("segments_ade20k", "segments_coco", "threshold"),
     "pose": ("human_pose", "dwpose"),
     "picture": ("superpixels", "tile", "blur", "luminance", "intensity", "color"),

@@ -140,6 +140,7 @@ RECORDS = (
         networks=("dpt_hybrid",),
     ),
     Annotator("normal_moge", normal_moge, networks=("moge2_small",), batched=True),
+    Annotator("normal_moge_large", normal_moge, networks=("moge2_large",), batched=True),
     Annotator(
         "normal_marigold",
         normal_marigold,

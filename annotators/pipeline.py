@@ -86,7 +86,7 @@ def see(
             f"{annotator.name} needs {error.name or 'a library'}, which cannot be loaded ({error}): install it, or "
             "a newer one; annotators that do not need it work without"
         ) from error
-    return [_cut(annotator, one, *picture.shape[:2]) for one, picture in zip(made, pictures)]
+    return [_cut(annotator, one, picture) for one, picture in zip(made, pictures)]
 
 
 def draw(
@@ -131,12 +131,13 @@ def _read(
     return given
 
 
-def _cut(annotator: Annotator, made: Any, height: int, width: int) -> Seen:
-    """What a function gave, without the margin."""
-    seen, found = made if annotator.gives_pose else (made, None)
+def _cut(annotator: Annotator, made: Any, picture: np.ndarray) -> Seen:
+    """What a function gave of a picture, without the margin, and not the picture's own memory."""
+    (seen, found), (height, width) = made if annotator.gives_pose else (made, None), picture.shape[:2]
     if found is not None:
         found = {**found, "canvas_width": width, "canvas_height": height}
-    return np.ascontiguousarray(seen[:height, :width], dtype=np.float32), found
+    seen = np.ascontiguousarray(seen[:height, :width], dtype=np.float32)
+    return seen.copy() if np.may_share_memory(seen, picture) else seen, found
 
 
 def _check_size(sides: tuple[int, ...], resolution: int) -> None:

@@ -2,7 +2,8 @@
 
 Both sides load the same files (seeded random weights in the published layout) and see the same photograph, in turns, so
 that whatever else the machine does hits both. The first run loads the files and makes a hint, the second makes another
-with the network at hand. Ours is what the node runs, `pipeline.annotate`, and gives floats; theirs gives bytes.
+with the network at hand. Both read a float picture and give a float hint, as nodes of ComfyUI do: ours is what the node
+runs, `pipeline.annotate`; theirs reads and gives bytes, and is brought to them and from them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..devtools import DevError
 from . import weights
 
 Run = Callable[[np.ndarray], np.ndarray]
+"""A picture (H,W,3) float32 0..1 becomes a hint like it."""
 Load = Callable[[Path, str], Run]
 """Weights in a folder and a device become something that makes hints of pictures."""
 
@@ -76,9 +78,14 @@ def detector(name: str, **parameters: Any) -> Load:
             side = min(image.shape[:2])
             return made(image, detect_resolution=side, image_resolution=side, output_type="np", **parameters)
 
-        return run
+        return in_bytes(run)
 
     return load
+
+
+def in_bytes(run: Run) -> Run:
+    """As comfyui_controlnet_aux calls them: bytes of a float picture go in, and floats are made of what comes out."""
+    return lambda image: run((image * 255).astype(np.uint8)).astype(np.float32) / 255
 
 
 def people(height: int, width: int) -> np.ndarray:
@@ -102,7 +109,7 @@ def their_pose(folder: Path, device: str) -> Run:  # noqa: ARG001  (nothing to l
         canvas = np.zeros(image.shape, np.uint8)
         for person in people(height, width):
             canvas = draw_bodypose(canvas, [Keypoint(x / width, y / height) for x, y, _ in person])
-        return canvas
+        return canvas.astype(np.float32) / 255
 
     return run
 
@@ -112,7 +119,7 @@ def their_teed(folder: Path, device: str) -> Run:
     from controlnet_aux import TEEDdetector
 
     made: Any = TEEDdetector.from_pretrained(str(folder), *TEED).to(device)
-    return lambda image: made(image, detect_resolution=min(image.shape[:2]), output_type="np")
+    return in_bytes(lambda image: made(image, detect_resolution=min(image.shape[:2]), output_type="np"))
 
 
 HED, TEED = ("ControlNetHED.pth",), ("5_model.pth",)
@@ -139,7 +146,7 @@ def measure(case: Case, folder: Path, device: str, image: np.ndarray, repeats: i
     sides = ((case.ours, Times()), (case.theirs, Times()))
     # Not counted: imports, and what the device sets up once.
     ours, theirs = (load(folder, device)(image) for load, _ in sides)
-    apart = float((np.abs(ours * 255 - theirs.astype(np.float32)) > 1.001).any(axis=2).mean())
+    apart = float((np.abs(ours - theirs) * 255 > 1.001).any(axis=2).mean())
     for turn in range(repeats):
         for load, times in sides if turn % 2 == 0 else sides[::-1]:
             start = time.perf_counter()
@@ -207,8 +214,8 @@ def main(arguments: list[str]) -> int:
 
 
 def photograph(side: int) -> np.ndarray:
-    """A portrait with a rocket, (side,side,3) uint8."""
+    """A portrait with a rocket, (side,side,3) float32 0..1."""
     import cv2
     from skimage.data import astronaut
 
-    return np.asarray(cv2.resize(astronaut(), (side, side), interpolation=cv2.INTER_AREA))
+    return cv2.resize(astronaut(), (side, side), interpolation=cv2.INTER_AREA) / np.float32(255)

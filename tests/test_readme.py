@@ -26,7 +26,7 @@ def test_the_number_of_annotators_is_said():
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
 def test_each_networks_weights_licence_and_use_are_listed(network):
     users = ", ".join(f"`{annotator.name}`" for annotator in ANNOTATORS if network.name in annotator.networks)
-    size = round(sum(file.size for file in network.files) / 1e6)
+    size = max(1, round(sum(file.size for file in network.files) / 1e6))
     row = (
         f"| {network.files[-1].repository}: {network.files[-1].name} | {users} | {size} MB | {network.licence} | "
         f"{'yes' if network.commercial else 'no'} |"

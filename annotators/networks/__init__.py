@@ -205,6 +205,12 @@ NETWORKS: tuple[Network, ...] = (
         ),
         "MIT (microsoft/MoGe)",
     ),
+    Network(
+        "moge2_large",
+        "moge:build",
+        (File("Ruicheng/moge-2-vitl-normal", "model.pt", 1_324_000_000),),
+        "MIT (microsoft/MoGe)",
+    ),
     # As of Stable Diffusion 2, which it began as: free for any use that the licence does not name as harmful.
     Network(
         "marigold_normals",

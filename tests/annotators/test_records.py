@@ -14,7 +14,7 @@ NAMES = """
     lineart_realistic lineart_coarse lineart_anime normal_from_depth depth_large depth_small depth_anything depth_zoe
     normal_midas normal_moge superpixels segments_ade20k segments_coco pose human_pose inpaint tile blur luminance
     intensity color shuffle invert teed dwpose segments_sam2 mask_sam2 inpaint_lama
-    depth_moge anyline lineart_manga normal_marigold depth_anything_3
+    depth_moge anyline lineart_manga normal_marigold depth_anything_3 normal_moge_large
 """
 WIDGETS = """
     canny_low canny_high canny_backend

@@ -103,6 +103,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "depth_anything_3_small": test_depth_anything_3.write,
     "zoedepth": tiny.zoe,
     "moge2_small": moge_with_normals,
+    "moge2_large": moge_with_normals,
     "marigold_normals": tiny.marigold,
     "oneformer_ade20k": lambda folder: tiny.oneformer(folder, 150),
     "oneformer_coco": oneformer_coco,
