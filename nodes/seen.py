@@ -12,14 +12,18 @@ from ..controlnet_core.dosing.block_weights import BlockWeights
 from ..controlnet_core.dosing.strength import Strength
 from ..controlnet_core.dosing.window import Window
 from .host import given, stack
-from .host.resize import resize
+from .host.resize import Resize, resize
 
 LONG = 256
 """Of the shown picture's sides, in pixels."""
 MASKED = 0.2
 """What is left of the light where a mask lets nothing act."""
 
-FITS = {"crop": "its middle", "stretch": "all of it, distorted", "pad": "all of it, with black borders"}
+FITS: dict[Resize, str] = {
+    "crop": "its middle",
+    "stretch": "all of it, distorted",
+    "pad": "all of it, with black borders",
+}
 BLOCKS = {
     "even": "in every block",
     "soft": "in every block, the shallow ones less",
@@ -49,7 +53,7 @@ def shown(node: type[io.ComfyNode], entry: stack.Entry) -> dict[str, Any]:
     return {"hint": [{"pictures": pictures, "says": says(image, control.dosing, control.resize, control.one_sided)}]}
 
 
-def picture(image: Tensor, mask: Tensor | None, how: str) -> Tensor:
+def picture(image: Tensor, mask: Tensor | None, how: Resize) -> Tensor:
     """The first hint of `image` (B,H,W,C) as an IMAGE (1,h,w,3) of at most LONG pixels a side, dark where `mask` is.
 
     A grey hint is in its three channels, and a transparent one lies on black.
@@ -65,7 +69,7 @@ def picture(image: Tensor, mask: Tensor | None, how: str) -> Tensor:
     return small.movedim(1, -1)
 
 
-def says(image: Tensor, strength: Strength, how: str, one_sided: bool) -> str:
+def says(image: Tensor, strength: Strength, how: Resize, one_sided: bool) -> str:
     """In a user's words: what the network sees of the hint, and when and where the control acts."""
     count, height, width = image.shape[:3]
     first = f"{width}x{height}" + (f", the first of {count}" if count > 1 else "")

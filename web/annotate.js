@@ -2,6 +2,7 @@
 // values, are saved and are sent as ever: hiding is all that happens here, and without this file the nodes work the same.
 
 import { app } from "../../scripts/app.js";
+import { after } from "./dom.js";
 
 /** The annotator that the widget `name` belongs to: the longest of `annotators` that it begins with, if any. */
 function owner(name, annotators) {
@@ -53,16 +54,6 @@ function choose(node) {
 function resize(node, height) {
   node.setSize([node.size[0], Math.max(height, node.computeSize()[1])]);
   node.setDirtyCanvas(true, true);
-}
-
-/** Calls `then` after the method `name` of `object`. */
-function after(object, name, then) {
-  const method = object[name];
-  object[name] = function (...values) {
-    const result = method?.apply(this, values);
-    then();
-    return result;
-  };
 }
 
 app.registerExtension({

@@ -2,6 +2,7 @@
 // right. Of a batch, a click shows the next pair.
 
 import { app } from "../../scripts/app.js";
+import { addBox, after } from "./dom.js";
 
 const STYLE = `
   .zeroconv-compare { position: relative; width: 100%; height: 100%; min-height: 200px; overflow: hidden; cursor: ew-resize; touch-action: none }
@@ -15,20 +16,20 @@ app.registerExtension({
     if (node.comfyClass !== "CompareImages") return;
     const box = Object.assign(document.createElement("div"), { className: "zeroconv-compare" });
     box.innerHTML = `<style>${STYLE}</style><img hidden><img hidden><hr hidden><p style="left: 4px" hidden>before</p><p style="right: 4px" hidden>after</p>`;
-    const [after, before, line, ...words] = box.querySelectorAll("img, hr, p");
+    const [second, first, line, ...words] = box.querySelectorAll("img, hr, p");
     let pairs = [];
     let at = 0;
 
     /** The line goes to this share of the width. */
     const split = (share) => {
-      before.style.clipPath = `inset(0 ${100 - 100 * share}% 0 0)`;
+      first.style.clipPath = `inset(0 ${100 - 100 * share}% 0 0)`;
       line.style.left = `${100 * share}%`;
     };
     const draw = () => {
-      for (const element of [after, before, line, ...words]) element.hidden = !pairs.length;
+      for (const element of [second, first, line, ...words]) element.hidden = !pairs.length;
       if (!pairs.length) return;
       const address = (file) => app.api.apiURL(`/view?${new URLSearchParams(file)}`);
-      [before.src, after.src] = pairs[at % pairs.length].map(address);
+      [first.src, second.src] = pairs[at % pairs.length].map(address);
     };
     const show = (output) => {
       if (!output?.compare) return;
@@ -46,16 +47,9 @@ app.registerExtension({
     });
     box.addEventListener("pointerdown", (event) => event.stopPropagation()); // the node would move, too
     box.addEventListener("click", () => { at += 1; draw(); });
-    const widget = node.addDOMWidget("zeroconv_compare", "zeroconv_compare", box, { serialize: false, hideOnZoom: false, getMinHeight: () => 200 });
-    widget.serialize = false;
-    const { onExecuted, onConfigure } = node;
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      show(output);
-    };
-    node.onConfigure = function () {
-      onConfigure?.apply(this, arguments);
-      setTimeout(() => show(app.nodeOutputs?.[node.id]), 300); // a tab that is opened again brings its outputs a little later
-    };
+    addBox(node, "zeroconv_compare", box, 200);
+    after(node, "onExecuted", show);
+    // A tab that is opened again brings its outputs a little later than its nodes.
+    after(node, "onConfigure", () => setTimeout(() => show(app.nodeOutputs?.[node.id]), 300));
   },
 });

@@ -2,6 +2,7 @@
 // what is saved and sent; without this file the node reads the text just so.
 
 import { app } from "../../scripts/app.js";
+import { addBox, after } from "./dom.js";
 
 const BODY = "pose_keypoints_2d";
 const RIGHT_HAND = "hand_right_keypoints_2d";
@@ -100,8 +101,7 @@ class Editor {
     for (const end of ["pointerup", "pointercancel"]) this.canvas.addEventListener(end, () => this.release());
     this.canvas.addEventListener("pointerenter", () => this.draw()); // the picture may have come
     this.canvas.addEventListener("dblclick", (event) => this.toggle(event));
-    const called = this.text.callback;
-    this.text.callback = (...values) => { called?.apply(this.text, values); this.draw(); };
+    after(this.text, "callback", () => this.draw());
   }
 
   button(name, title, does) {
@@ -336,21 +336,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "EditPose") return;
     const editor = new Editor(node);
-    const widget = node.addDOMWidget("zeroconv_pose", "zeroconv_pose", editor.box, { serialize: false, hideOnZoom: false, getMinHeight: () => 340 });
-    widget.serialize = false; // the text has it all
+    addBox(node, "zeroconv_pose", editor.box, 340); // the text has it all
     Object.assign(editor.text.options, { getMinHeight: () => 60, getMaxHeight: () => 60 });
-    const then = {
-      onConfigure: () => editor.draw(),
-      onConnectionsChange: () => editor.draw(),
-      onExecuted: (output) => output?.pose && editor.ran(output.pose[0]),
-    };
-    for (const [event, does] of Object.entries(then)) {
-      const before = node[event];
-      node[event] = function (...values) {
-        before?.apply(this, values);
-        does(...values);
-      };
-    }
+    for (const event of ["onConfigure", "onConnectionsChange"]) after(node, event, () => editor.draw());
+    after(node, "onExecuted", (output) => output?.pose && editor.ran(output.pose[0]));
     editor.draw();
   },
 });

@@ -2,6 +2,7 @@
 // see it, and say when and where it acts. The node told both; the larger the node, the larger the picture.
 
 import { app } from "../../scripts/app.js";
+import { addBox, after } from "./dom.js";
 
 const NODES = ["ApplyControl", "ApplyControlToPrompt", "StackControls"];
 const HEIGHT = 56;
@@ -24,9 +25,7 @@ app.registerExtension({
     picture.addEventListener("click", () => window.open(picture.src));
     box.append(left, words);
     box.className = "zeroconv-hint";
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT };
-    const widget = node.addDOMWidget("zeroconv_hint", "zeroconv_hint", box, options);
-    widget.serialize = false; // neither the prompt nor the saved workflow keeps it
+    addBox(node, "zeroconv_hint", box, HEIGHT);
     const show = (output) => {
       if (!output?.hint) return;
       const [{ pictures, says }] = output.hint;
@@ -35,14 +34,8 @@ app.registerExtension({
       words.style.left = pictures.length ? "44%" : 0;
       if (pictures.length) picture.src = app.api.apiURL(`/view?${new URLSearchParams(pictures[0])}`);
     };
-    const { onExecuted, onConfigure } = node;
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      show(output);
-    };
-    node.onConfigure = function () {
-      onConfigure?.apply(this, arguments);
-      setTimeout(() => show(app.nodeOutputs?.[node.id]), 300); // a tab that is opened again brings its outputs a little later
-    };
+    after(node, "onExecuted", show);
+    // A tab that is opened again brings its outputs a little later than its nodes.
+    after(node, "onConfigure", () => setTimeout(() => show(app.nodeOutputs?.[node.id]), 300));
   },
 });

@@ -2,6 +2,7 @@
 // is dragged is written into the widgets, which are what is saved and sent. Without this file the node works just so.
 
 import { app } from "../../scripts/app.js";
+import { addBox, after } from "./dom.js";
 
 const INPUTS = ["curve", "keyframes", "unit", "per_image"];
 const CUSTOM = "custom";
@@ -45,10 +46,7 @@ class Curve {
     this.box.addEventListener("dblclick", (event) => this.toggle(event));
     this.box.addEventListener("pointerenter", () => this.follow()); // what no callback told
     new ResizeObserver(() => this.draw()).observe(this.box);
-    for (const widget of Object.values(this.widgets)) {
-      const called = widget.callback;
-      widget.callback = (...values) => { called?.apply(widget, values); this.follow(); };
-    }
+    for (const widget of Object.values(this.widgets)) after(widget, "callback", () => this.follow());
   }
 
   // -- what there is
@@ -240,22 +238,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "ControlSchedule") return;
     const curve = new Curve(node);
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => 180 };
-    const widget = node.addDOMWidget("zeroconv_curve", "zeroconv_curve", curve.box, options);
-    widget.serialize = false; // the other widgets have it all
+    addBox(node, "zeroconv_curve", curve.box, 180); // the other widgets have it all
     Object.assign(curve.widgets.keyframes.options, { getMinHeight: () => 60, getMaxHeight: () => 60 });
-    const then = {
-      onConfigure: () => curve.relinked(),
-      onConnectionsChange: () => curve.relinked(),
-      onExecuted: (output) => output?.curve && curve.ran(output.curve[0]),
-    };
-    for (const [event, does] of Object.entries(then)) {
-      const before = node[event];
-      node[event] = function (...values) {
-        before?.apply(this, values);
-        does(...values);
-      };
-    }
+    for (const event of ["onConfigure", "onConnectionsChange"]) after(node, event, () => curve.relinked());
+    after(node, "onExecuted", (output) => output?.curve && curve.ran(output.curve[0]));
     curve.follow();
   },
 });

@@ -56,8 +56,8 @@ def test_the_mouse_moves_the_line_between_the_pictures(page: FrontEnd):
     for share in (0.3, 0.7):
         page.page.mouse.move(x + share * width, y + height / 2)
         page.page.wait_for_timeout(200)
-        clip = {"x": x, "y": y, "width": width, "height": height}
-        seen = np.asarray(Image.open(io.BytesIO(page.page.screenshot(clip=clip))).convert("RGB")).astype(int)
+        shot = page.page.screenshot(clip={"x": x, "y": y, "width": width, "height": height})
+        seen = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
         side = min(width, height)  # of the square pictures, in the middle of the node
         line, left, right = (round(at) for at in (share * width, (width - side) / 2, (width + side) / 2))
         rows = slice(round(height / 2 - 0.4 * side), round(height / 2 + 0.4 * side))
