@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +53,12 @@ class HeldOut:
 
         All processes sample, and the first alone is given them.
         """
-        found = self.process.divided(
-            len(self.items),
-            lambda own: self._sampled(controlled, self.dataset.read([self.items[i] for i in own]), own),
-        )
+        batch = self.dataset.read(self.items)
+        found = self.process.divided(len(self.items), lambda own: self._sampled(controlled, _of(batch, own), own))
         if not found:
             return None, None
         samples = torch.stack(found)
-        return self.score(samples, self.dataset.read(self.items)), samples
+        return self.score(samples, batch), samples
 
     def sample_prompts(self, controlled: ControlledUNet) -> tuple[Tensor, ...]:
         """A sample of each of the user's own prompts, one after the other: latents (1,4,h,w), on the CPU.
@@ -79,6 +77,12 @@ class HeldOut:
         empty_prompt = context.to(device), None if pooled is None else pooled.to(device)
         with self.options.autocast(device):
             return sample(controlled, to_device(batch, device), places, empty_prompt, self.alphas, self.options).cpu()
+
+
+def _of(batch: Batch, own: range) -> Batch:
+    """These items of a batch."""
+    tensors = {each.name: getattr(batch, each.name) for each in fields(batch)}
+    return replace(batch, **{name: x[own.start : own.stop : own.step] for name, x in tensors.items() if x is not None})
 
 
 @torch.no_grad()
