@@ -404,8 +404,7 @@ def test_a_stack_paints_what_two_applies_paint(paint: Paint):
 @pytest.mark.weights
 def test_dosing_is_shown_beside_the_pictures(paint: Paint):
     pictures = paint("dosing")
-    curve, bars = pictures["Control Schedule for depth"], pictures["Control Block Weights for pose"]
-    assert curve.shape == (256, 512, 3)
+    bars = pictures["Control Block Weights for pose"]
     assert bars.shape == (156, 512, 3)  # one row: the twelve weights are for one size of model
     without, dosed = (pictures[f"what acted, {how}"] for how in ("without dosing", "with dosing"))
     assert without.shape == dosed.shape  # two controls and their sum, 20 steps each
