@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -19,6 +20,8 @@ from ..annotators.pipeline import covering, draw
 from .host import annotators as host_annotators
 from .host import given
 from .host.progress import steps
+
+log = logging.getLogger(__name__)
 
 PoseKeypoint = io.Custom("POSE_KEYPOINT")
 
@@ -118,6 +121,12 @@ class Annotate(io.ComfyNode):
             hints = torch.empty(len(image), *hint.shape) if hints is None else hints
             hints[i] = torch.from_numpy(hint)
         assert hints is not None
+        if empty := [i for i, frame in enumerate(found) if not frame["people"]]:
+            log.warning(
+                "%s found nobody in picture %s: the hint is black; lower its thresholds, or draw people with Edit Pose",
+                annotator,
+                ", ".join(str(i + 1) for i in empty),
+            )
         # What marks the masked pixels need not be a colour: the picture that is shown is clamped, the hint is not.
         shown = hints.clamp(0, 1) if chosen.reads_mask else hints
         return io.NodeOutput(hints, found or pose_keypoints or [], ui=ui.PreviewImage(shown, cls=cls))

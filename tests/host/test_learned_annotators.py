@@ -170,10 +170,10 @@ class Bench:
         self.hub.files |= {f"{file.repository}/{file.name}": data for file, data in files.items()}
         return files
 
-    def run(self, name: str, image: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def run(self, name: str, image: torch.Tensor, **parameters: Any) -> tuple[torch.Tensor, Any]:
         before = image.clone()
         (annotator,) = [annotator for annotator in LEARNED if annotator.name == name]
-        given = {"mask": MASK.clone()} if annotator.reads_mask else {}
+        given = {**parameters, **({"mask": MASK.clone()} if annotator.reads_mask else {})}
         hint, poses = self.host.call("Annotate", image=image, annotator=name, resolution=64, **given)
         assert torch.equal(image, before)
         assert hint.shape == HINT and hint.dtype == torch.float32
@@ -273,3 +273,14 @@ def test_from_download_to_hint(annotator: Annotator, bench: Bench, picture: torc
     bench.forget()
     by_hand, _ = bench.run(annotator.name, picture)
     assert torch.equal(by_hand, hint)
+
+
+@pytest.mark.parametrize("name", ["human_pose", "dwpose"])
+def test_nobody_found_is_said(name: str, bench: Bench, picture: torch.Tensor, caplog: pytest.LogCaptureFixture):
+    (annotator,) = [annotator for annotator in LEARNED if annotator.name == name]
+    bench.publish(annotator.networks)
+    bench.run(name, picture)
+    assert "nobody" not in caplog.text
+    hint, (frame,) = bench.run(name, picture, **{f"{name}_detection_threshold": 1.0})
+    assert not hint.any() and frame["people"] == []
+    assert f"{name} found nobody in picture 1: the hint is black" in caplog.text
