@@ -143,7 +143,8 @@ def read_vae(path: Path, xl: bool) -> tuple[Any, float]:
     Of a checkpoint, of a VAE's own file in ldm's layout, or of a folder of a model or a VAE in diffusers' layout.
     """
     if path.is_dir():
-        vae = _loaded(_library("diffusers").AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path)
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        vae = _loaded(_library("diffusers").AutoencoderKL, folder, low_cpu_mem_usage=False)  # which asks for accelerate
         return vae.eval(), vae.config.scaling_factor
     if not path.is_file():
         raise EncoderError(f"{path}: there is no such file: give a checkpoint, or a folder in diffusers' layout")
@@ -188,9 +189,9 @@ def _of_folder(folder: Path) -> list[TextEncoder]:
     return [text(ending, kind) for ending, kind in list(zip(("", "_2"), kinds))[:count]]
 
 
-def _loaded(kind: Any, folder: Path) -> Any:
+def _loaded(kind: Any, folder: Path, **how: Any) -> Any:
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True, **how)
     except (OSError, ValueError) as error:
         raise EncoderError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
