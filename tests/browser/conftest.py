@@ -32,6 +32,14 @@ READY = """() => window.app?.graph && window.LiteGraph && Object.keys(LiteGraph.
 SECONDS = 180  # a cold front end on two busy cores
 
 
+EMPTY = """async (vue) => {
+    await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
+    app.graph.clear();
+    // Nodes 2.0 would go on showing the last node of the same id.
+    while (document.querySelector('[data-node-id]')) await new Promise(resolve => setTimeout(resolve, 50));
+}"""
+
+
 @dataclass
 class FrontEnd:
     """The loaded page, and what went wrong in it so far."""
@@ -90,6 +98,15 @@ def each_front_end(request: pytest.FixtureRequest) -> Iterator[FrontEnd]:
     """ComfyUI's own front end, then the newer one."""
     with opened(request.getfixturevalue(request.param)) as page:
         yield page
+
+
+@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
+def empty(request: pytest.FixtureRequest, each_front_end: FrontEnd) -> Iterator[FrontEnd]:
+    """An empty graph, drawn in one of the front end's two ways, in which nothing goes wrong."""
+    each_front_end.run(EMPTY, request.param)
+    yield each_front_end
+    each_front_end.run(EMPTY, False)
+    assert each_front_end.errors == []
 
 
 def _hear(front_end: FrontEnd, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +16,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.browser, pytest.mark.host]
 
-ADD = """async (vue) => {
-    await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
-    app.graph.clear();
-    // Nodes 2.0 would go on showing the last node of the same id.
-    while (document.querySelector('[data-node-id]')) await new Promise(resolve => setTimeout(resolve, 50));
+ADD = """() => {
     const lab = LiteGraph.createNode('LabScene'), compare = LiteGraph.createNode('CompareImages');
     lab.pos = [120, 120];
     compare.pos = [500, 120];
@@ -39,14 +34,12 @@ SHOWN = f"() => [...{BOX}.querySelectorAll('img')].every(image => image.naturalW
 PLACE = f"() => {{ const {{x, y, width, height}} = {BOX}.getBoundingClientRect(); return [x, y, width, height]; }}"
 
 
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
-def page(request: pytest.FixtureRequest, each_front_end: FrontEnd) -> Iterator[FrontEnd]:
-    """The front end with a scene and its depth in Compare Images, drawn in one of its two ways."""
-    each_front_end.run(ADD, request.param)
-    each_front_end.page.wait_for_function(SEEN, timeout=30_000)
-    yield each_front_end
-    each_front_end.run("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
-    assert each_front_end.errors == []
+@pytest.fixture
+def page(empty: FrontEnd) -> FrontEnd:
+    """The front end with a scene and its depth in Compare Images."""
+    empty.run(ADD)
+    empty.page.wait_for_function(SEEN, timeout=30_000)
+    return empty
 
 
 def test_the_mouse_moves_the_line_between_the_pictures(page: FrontEnd):

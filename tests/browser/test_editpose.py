@@ -7,7 +7,6 @@ import json
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from zeroconv.annotators.pose import LIMBS, draw_pose
 
+from .conftest import EMPTY
 from .test_browser import RUN
 
 if TYPE_CHECKING:
@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.browser, pytest.mark.host]
 
-ADD = """async ([vue, scene]) => {
-    await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
-    app.graph.clear();
-    // Nodes 2.0 would go on showing the last node of the same id.
-    while (document.querySelector('[data-node-id]')) await new Promise(resolve => setTimeout(resolve, 50));
+ADD = """(scene) => {
     const edit = LiteGraph.createNode('EditPose'), shown = LiteGraph.createNode('PreviewImage');
     edit.pos = [500, 120];
     shown.pos = [1050, 120];
@@ -68,14 +64,12 @@ PIXEL = f"""([x, y, canvasWidth, canvasHeight]) => {{
 WRIST = 4
 
 
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
-def page(request: pytest.FixtureRequest, each_front_end: FrontEnd) -> Iterator[FrontEnd]:
-    """The front end with a scene, its people and Edit Pose, drawn in one of its two ways."""
-    each_front_end.run(ADD, [request.param, True])
-    each_front_end.page.wait_for_function(SEEN)
-    yield each_front_end
-    each_front_end.run("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
-    assert each_front_end.errors == []
+@pytest.fixture
+def page(empty: FrontEnd) -> FrontEnd:
+    """The front end with a scene, its people and Edit Pose."""
+    empty.run(ADD, True)
+    empty.page.wait_for_function(SEEN)
+    return empty
 
 
 def pose(page: FrontEnd) -> dict[str, Any]:
@@ -226,7 +220,8 @@ def test_the_workflow_keeps_the_text_and_nothing_else(page: FrontEnd):
 
 
 def test_what_is_typed_is_drawn(each_front_end: FrontEnd):
-    each_front_end.run(ADD, [False, False])
+    each_front_end.run(EMPTY, False)
+    each_front_end.run(ADD, False)
     each_front_end.page.wait_for_function(SEEN)
     nose = {"pose_keypoints_2d": [30.0, 20.0, 1.0] + 51 * [0.0]}
     text = json.dumps({"people": [nose], "canvas_width": 64, "canvas_height": 96})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.browser, pytest.mark.host, pytest.mark.weights]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LOAD = """async ([workflow, vue, seed]) => {
-    await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
-    app.graph.clear();
-    // Nodes 2.0 would go on showing the last node of the same id.
-    while (document.querySelector('[data-node-id]')) await new Promise(resolve => setTimeout(resolve, 50));
+LOAD = """async ([workflow, seed]) => {
     await app.loadGraphData(workflow);
     const widget = (type, name) =>
         app.graph._nodes.find(node => node.type === type).widgets.find(widget => widget.name === name);
@@ -52,15 +47,13 @@ SEEDS = count(2_000_000)
 DEPTH, POSE, APPLY = "Stack Controls: depth", "Stack Controls: pose", "Apply"
 
 
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
-def page(request: pytest.FixtureRequest, each_front_end: FrontEnd) -> Iterator[FrontEnd]:
-    """The workflow of depth and pose, drawn in one of the front end's two ways, with one step."""
+@pytest.fixture
+def page(empty: FrontEnd) -> FrontEnd:
+    """The workflow of depth and pose, with one step."""
     workflow = json.loads((ROOT / "workflows" / "depth_pose.json").read_text(encoding="utf-8"))
-    each_front_end.run(LOAD, [workflow, request.param, next(SEEDS)])
-    each_front_end.page.wait_for_function(SEEN, arg=DEPTH, timeout=30_000)
-    yield each_front_end
-    each_front_end.run("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
-    assert each_front_end.errors == []
+    empty.run(LOAD, [workflow, next(SEEDS)])
+    empty.page.wait_for_function(SEEN, arg=DEPTH, timeout=30_000)
+    return empty
 
 
 def run(page: FrontEnd) -> dict[str, Any]:

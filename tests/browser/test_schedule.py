@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,11 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.browser, pytest.mark.host]
 
-ADD = """async (vue) => {
-    await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
-    app.graph.clear();
-    // Nodes 2.0 would go on showing the last node of the same id.
-    while (document.querySelector('[data-node-id]')) await new Promise(resolve => setTimeout(resolve, 50));
+ADD = """() => {
     const node = LiteGraph.createNode('ControlSchedule');
     node.pos = [500, 120];
     app.graph.add(node);
@@ -58,14 +53,12 @@ SCREEN = f"""([across, up]) => {{
 SAYS = f"() => {BOX}.querySelector('p')?.textContent"
 
 
-@pytest.fixture(params=[False, True], ids=["canvas", "nodes2"])
-def page(request: pytest.FixtureRequest, each_front_end: FrontEnd) -> Iterator[FrontEnd]:
-    """The front end with one Control Schedule, drawn in one of its two ways."""
-    each_front_end.run(ADD, request.param)
-    each_front_end.page.wait_for_function(SEEN)
-    yield each_front_end
-    each_front_end.run("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
-    assert each_front_end.errors == []
+@pytest.fixture
+def page(empty: FrontEnd) -> FrontEnd:
+    """The front end with one Control Schedule."""
+    empty.run(ADD)
+    empty.page.wait_for_function(SEEN)
+    return empty
 
 
 def set_to(page: FrontEnd, **values: str) -> None:
