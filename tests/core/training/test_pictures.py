@@ -136,7 +136,7 @@ def test_the_optimizer_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         optimizer,
         "make",
-        lambda options, control, _: torch.optim.SGD(
+        lambda options, control, *_: torch.optim.SGD(
             [{"params": [*control.parameters()], "lr": 1e-3, "initial_lr": 1e-3}]
         ),
     )
