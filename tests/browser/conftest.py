@@ -31,12 +31,13 @@ READY = """() => window.app?.graph && window.LiteGraph && Object.keys(LiteGraph.
     && app.extensionManager"""
 SECONDS = 180  # a cold front end on two busy cores
 
-
 EMPTY = """async (vue) => {
     await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue);
     app.graph.clear();
     // Nodes 2.0 would go on showing the last node of the same id.
     while (document.querySelector('[data-node-id]')) await new Promise(resolve => setTimeout(resolve, 50));
+    app.canvas.ds.scale = 1;
+    app.canvas.ds.offset = [0, 0];
 }"""
 
 

@@ -23,9 +23,6 @@ ADD = """() => {
     for (const node of [lab, compare]) app.graph.add(node);
     lab.connect(0, compare, 0);
     lab.connect(1, compare, 1);
-    app.canvas.ds.scale = 1;
-    app.canvas.ds.offset = [0, 0];
-    app.canvas.setDirty(true, true);
 }"""
 BOX = """app.graph._nodes.find(node => node.type === 'CompareImages')
     .widgets.find(widget => widget.name === 'zeroconv_compare').element"""

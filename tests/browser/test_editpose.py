@@ -39,9 +39,6 @@ ADD = """(scene) => {
         lab.connect(0, edit, edit.findInputSlot('image'));
         lab.connect(4, edit, edit.findInputSlot('pose_keypoints'));
     }
-    app.canvas.ds.scale = 1;
-    app.canvas.ds.offset = [0, 0];
-    app.canvas.setDirty(true, true);
 }"""
 NODE = "app.graph._nodes.find(node => node.type === 'EditPose')"
 BOX = f"{NODE}.widgets.find(widget => widget.name === 'zeroconv_pose').element"

@@ -30,6 +30,14 @@ SEEN = f"title => {BOX}(title).isConnected && {BOX}(title).getBoundingClientRect
 SAYS = f"title => {BOX}(title).textContent.trim()"
 SHOWS = f"title => {BOX}(title).querySelector('img').naturalWidth"
 SIZE = f"title => [...({NODE})(title).size]"
+# Nodes 2.0 finds the sizes of its nodes in the frames after it has drawn them.
+SETTLED = """async () => {
+    const sizes = () => JSON.stringify(app.graph._nodes.map(node => [...node.size]));
+    for (let before = null; before !== sizes();) {
+        before = sizes();
+        await new Promise(resolve => setTimeout(resolve, 1000));
+    }
+}"""
 SET = f"""([title, name, value]) => {{
     const widget = ({NODE})(title).widgets.find(widget => widget.name === name);
     widget.value = value;
@@ -53,6 +61,7 @@ def page(empty: FrontEnd) -> FrontEnd:
     workflow = json.loads((ROOT / "workflows" / "depth_pose.json").read_text(encoding="utf-8"))
     empty.run(LOAD, [workflow, next(SEEDS)])
     empty.page.wait_for_function(SEEN, arg=DEPTH, timeout=30_000)
+    empty.run(SETTLED)
     return empty
 
 

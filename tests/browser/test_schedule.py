@@ -19,9 +19,6 @@ ADD = """() => {
     const node = LiteGraph.createNode('ControlSchedule');
     node.pos = [500, 120];
     app.graph.add(node);
-    app.canvas.ds.scale = 1;
-    app.canvas.ds.offset = [0, 0];
-    app.canvas.setDirty(true, true);
 }"""
 NODE = "app.graph._nodes.find(node => node.type === 'ControlSchedule')"
 BOX = f"{NODE}.widgets.find(widget => widget.name === 'zeroconv_curve').element"
