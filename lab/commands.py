@@ -36,6 +36,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "autoencoder": train.train_autoencoder,
     "base": train.train_base,
     "segmenter": train.train_segmenter,
+    "decoder": train.train_decoder,
     **{hint: partial(train.train_control, hint=hint) for hint in HINTS},
 }
 """What there is to train, each after those that it needs."""

@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing: autoencoder, base (UNet and text encoder), controls, and the segmenter.
+"""Trains the embedded model: autoencoder, base (UNet and text encoder), segmenter, decoder, and controls.
 
 Every stage resumes from its checkpoint in its folder below the work folder and leaves fp16 weights in `lab/weights/`.
 """
@@ -18,7 +18,7 @@ from ..controlnet_core.networks.unet import UNet
 from .autoencoder import LATENT_SCALE, Autoencoder, scale_latents
 from .dataset import load_shards, render_shards
 from .loop import fit
-from .models import SIZE, UNET, control_name, device, load_weights, save_weights
+from .models import SIZE, UNET, Module, control_name, device, load_weights, save_weights
 from .segmenter import Segmenter
 from .text_encoder import TextEncoder
 from .vocabulary import INSUFFICIENT_PROMPT, tokenize
@@ -37,33 +37,63 @@ def _mixed(place: torch.device) -> torch.autocast:
     return torch.autocast(place.type, torch.bfloat16)
 
 
+def _keeping(network: Module) -> Module:
+    """`network`, which computes nothing twice in its backward pass: at this size all that it keeps fits any memory."""
+    for module in network.modules():
+        if hasattr(module, "recomputing"):
+            module.recomputing = False
+    return network
+
+
 def _load(work: Path, *names: str) -> list[Tensor]:
     arrays = load_shards(render_shards(work / "scenes", SCENES, SIZE), names)
     return [torch.from_numpy(arrays[name]) for name in names]
 
 
 def train_autoencoder(work: Path, steps: int = 4000) -> None:
-    """L1, squared and gradient loss; noise on the latents keeps the space smooth, a pull keeps its scale."""
+    """`_difference`; noise on the latents keeps the space smooth, a pull keeps its scale."""
     place = device()
     (images,) = _load(work, "image")
     model = Autoencoder().to(place)
-
-    def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
     def loss_of_step(draw: torch.Generator) -> Tensor:
         x = _pictures(images[torch.randint(len(images), (16,), generator=draw)], place) * 2 - 1
         with _mixed(place):
             z = model.encode(x).float()
             y = model.decode(z + 0.05 * torch.randn_like(z)).float()
-        edges = sum(F.l1_loss(a, b) for a, b in zip(gradient(y), gradient(x), strict=True))
         pull = (z.mean((0, 2, 3)).square() + (z.var((0, 2, 3)) - 1).square()).mean()
-        return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + edges + 0.01 * pull
+        return _difference(y, x) + 0.01 * pull
 
     fit(model, loss_of_step, work / "autoencoder", steps, lr=2e-3, ema_decay=0.995)
     with torch.no_grad():
         sample = _pictures(images[:512], place) * 2 - 1
         scale_latents(model, (1 / LATENT_SCALE) / model.encode(sample).std().item())
+    save_weights(model, "autoencoder")
+
+
+def _difference(y: Tensor, x: Tensor) -> Tensor:
+    """L1, squared and gradient error of pictures (B,3,H,W)."""
+    across = F.l1_loss(y[..., 1:] - y[..., :-1], x[..., 1:] - x[..., :-1])
+    down = F.l1_loss(y[..., 1:, :] - y[..., :-1, :], x[..., 1:, :] - x[..., :-1, :])
+    return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + across + down
+
+
+def train_decoder(work: Path, steps: int = 6000) -> None:
+    """The decoder further, the latents staying as they are: sharper pictures for a base that was trained already."""
+    place = device()
+    (images,) = _load(work, "image")
+    model = load_weights(Autoencoder(), "autoencoder").to(place)
+    model.decoder.requires_grad_(True)
+
+    def loss_of_step(draw: torch.Generator) -> Tensor:
+        x = _pictures(images[torch.randint(len(images), (16,), generator=draw)], place) * 2 - 1
+        with _mixed(place):
+            with torch.no_grad():
+                z = model.encode(x).float()
+            y = model.decode(z + 0.05 / LATENT_SCALE * torch.randn_like(z)).float()
+        return _difference(y, x)
+
+    fit(model.decoder, loss_of_step, work / "decoder", steps, lr=1e-3, ema_decay=0.995)
     save_weights(model, "autoencoder")
 
 
@@ -102,7 +132,7 @@ def train_base(work: Path, steps: int = 4000, batch: int = 32) -> None:
     del images
     empty, insufficient = (torch.tensor(tokenize(text)) for text in ("", INSUFFICIENT_PROMPT))
     alphas = alphas_cumprod().to(place)
-    model = Base().to(place)
+    model = _keeping(Base().to(place))
 
     def loss_of_step(draw: torch.Generator) -> Tensor:
         rows = torch.randint(len(clean), (batch,), generator=draw)
@@ -121,7 +151,7 @@ def train_base(work: Path, steps: int = 4000, batch: int = 32) -> None:
     save_weights(model.text, "text_encoder")
 
 
-def train_control(work: Path, hint: str, steps: int = 750, batch: int = 24) -> None:
+def train_control(work: Path, hint: str, steps: int = 4000, batch: int = 24) -> None:
     """A ControlNet for `hint` (canny, depth or pose) on the locked base; half of the prompts are empty (paper, 3.3)."""
     place = device()
     images, tokens, hints = _load(work, "image", "tokens", hint)
@@ -129,9 +159,9 @@ def train_control(work: Path, hint: str, steps: int = 750, batch: int = 24) -> N
     del images
     empty = torch.tensor(tokenize(""))
     alphas = alphas_cumprod().to(place)
-    unet = load_weights(UNet(UNET), "unet").to(place)
+    unet = _keeping(load_weights(UNet(UNET), "unet").to(place))
     text = load_weights(TextEncoder(), "text_encoder").to(place)
-    model = ControlNet(UNET)
+    model = _keeping(ControlNet(UNET))
     copy_encoder(model, unet.state_dict())
     model.to(place)
 
