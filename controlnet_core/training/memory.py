@@ -274,8 +274,11 @@ def fitted(
     Of `measures` as few are taken as do, the mildest first. `recompute` auto becomes on or off in any case, the rest is
     changed with `fit_memory` auto alone. Where nothing does, all of them are taken, and what would do is said. With
     `fit_memory` auto a run that goes on from options `saved` keeps those measures of theirs that change its numbers.
+    On the CPU nothing is counted, and `recompute` auto is off: time is scarce there, memory is not.
     """
     room = available(process.device)
+    if room is None and process.device.type == "cpu" and options.recompute == "auto":
+        options = replace(options, recompute="off")
     if options.fit_memory == "off" or room is None or options.batch_size % process.world:  # the last is refused later
         return options, ""
     room = float(min(process.gather(int(room))))

@@ -189,8 +189,8 @@ MEANINGS = {
     "zero_terminal_snr": "rescale the noise schedule so that the last timestep is noise alone; for prediction v",
     "fit_memory": "count before training whether it fits into the GPU's memory, and where it does not, change these "
     "options so that it does (auto), or say which ones (propose); off: do not count",
-    "recompute": "compute norms and activations twice instead of keeping them: on, off, or auto: off on a GPU where "
-    "everything fits",
+    "recompute": "compute norms and activations twice instead of keeping them: on, off, or auto: off on a CPU, and on "
+    "a GPU where everything fits",
     "optimizer_in_ram": "keep the optimizer's state in main memory and bring it to the GPU part by part: the same "
     "numbers, a slower step",
     "base_weights": "what the locked model's weights lie in: as precision says, or fp8 (half of that)",

@@ -189,7 +189,8 @@ def small_card(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_on_the_cpu_nothing_is_counted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Counter, "needs", lambda *_: pytest.fail("counted"))
-    assert fitted(quick(), CONFIG, EXAMPLES) == (quick(), "")
+    assert fitted(quick(), CONFIG, EXAMPLES) == (quick(recompute="off"), "")
+    assert fitted(quick(recompute="on"), CONFIG, EXAMPLES) == (quick(recompute="on"), "")
     monkeypatch.setattr(memory, "available", lambda device: 1.0)
     assert fitted(quick(fit_memory="off"), CONFIG, EXAMPLES) == (quick(fit_memory="off"), "")
 
