@@ -151,7 +151,7 @@ def train_base(work: Path, steps: int = 4000, batch: int = 32) -> None:
     save_weights(model.text, "text_encoder")
 
 
-def train_control(work: Path, hint: str, steps: int = 4000, batch: int = 24) -> None:
+def train_control(work: Path, hint: str, steps: int = 3000, batch: int = 24) -> None:
     """A ControlNet for `hint` (canny, depth or pose) on the locked base; half of the prompts are empty (paper, 3.3)."""
     place = device()
     images, tokens, hints = _load(work, "image", "tokens", hint)

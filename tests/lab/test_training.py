@@ -178,6 +178,16 @@ def test_every_stage_trains_and_leaves_fp16_weights(tmp_path: Path, own_weights:
     assert changed == {"controlnet/lab_pose"}
 
 
+def test_a_better_decoder_leaves_the_latents_as_they_are(tmp_path: Path, own_weights: Path, tiny_lab: None):
+    work = ["--work", str(tmp_path / "work"), "--steps", "1"]
+    assert commands.main(["train", "autoencoder", *work]) == 0
+    before = models.read_weights("autoencoder")
+    assert commands.main(["train", "decoder", *work]) == 0
+    after = models.read_weights("autoencoder")
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+
+
 def test_one_training_step_moves_the_zero_convolutions_alone_at_first(
     tmp_path: Path, own_weights: Path, tiny_lab: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -201,5 +211,5 @@ def test_one_training_step_moves_the_zero_convolutions_alone_at_first(
 
 def test_unknown_stage_is_named(capsys: pytest.CaptureFixture[str]):
     assert commands.main(["train", "canny", "normal"]) == 1
-    expected = "there is no stage 'normal'; the stages are: autoencoder, base, segmenter, canny, depth, pose"
+    expected = "there is no stage 'normal'; the stages are: autoencoder, base, segmenter, decoder, canny, depth, pose"
     assert expected in capsys.readouterr().err
