@@ -24,6 +24,7 @@ WAYS_TO_RUN = {
 TESTS = [
     *("test_parity.py", "test_dosing_off.py", "test_integrity.py", "test_formulas.py", "test_guiders.py"),
     *("test_union.py", "test_control_lora.py", "test_t2i_adapter.py", "test_lllite.py", "test_annotators.py"),
+    "test_annotate.py",
 ]
 
 

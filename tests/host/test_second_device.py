@@ -20,9 +20,9 @@ from ..second_device import transfers
 from .neighbours.callers import MultiDiffusion, animatediff, in_tiles
 from .neighbours.controls import KINDS, apply, ours
 from .second_host import SecondHost, believed
+from .small_training import RARER, WIDGETS, cached, losses
 from .test_learned_annotators import LEARNED, Bench, bench  # noqa: F401 - fixtures
 from .test_learned_annotators import picture as photograph  # noqa: F401 - fixtures
-from .test_training import RARER, WIDGETS, cached, losses
 
 if TYPE_CHECKING:
     from hosting import Host

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from graphs import Scene, latent, picture, prompt
@@ -17,157 +15,37 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from zeroconv.annotators.compare import compare
-from zeroconv.controlnet_core.data.caching import CachingOptions, make
 from zeroconv.controlnet_core.data.dataset import Dataset
-from zeroconv.controlnet_core.data.sources import Item
 from zeroconv.controlnet_core.diffusion import alphas_cumprod
 from zeroconv.controlnet_core.training import checkpoint, loop, memory
 from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
 from zeroconv.controlnet_core.training.options import TrainingOptions
 
+from .small_training import (
+    OPTIONS,
+    RARER,
+    SIZE,
+    Run,
+    assert_bits,
+    cached,
+    cancel_after,
+    dataset,
+    encoders,
+    losses,
+    model,
+    output,
+    run,
+    small_model,
+    trained_by_the_core,
+    weights_of,
+)
+
 if TYPE_CHECKING:
     from hosting import Host
 
-SIZE = 64
-WIDGETS: dict[str, Any] = {
-    "steps": 4,
-    "batch_size": 2,
-    "learning_rate": 1e-3,
-    "precision": "fp32",
-    "warmup": 0,
-    "gradient_checkpointing": False,
-    "sample_every": 2,
-    "held_out": 2,
-    "save_every": 100,
-}
-"""A training of seconds."""
-RARER = {"sample_steps": 1, "timesteps": "cubic"}
-OPTIONS = TrainingOptions(**WIDGETS, **RARER)
+__all__ = ["dataset", "encoders", "model", "output", "run"]  # fixtures: pytest finds them here
 
 KEY = "output_blocks.11.0.in_layers.2.weight"
-
-
-@pytest.fixture(scope="module")
-def model(host: Host) -> Any:
-    return _small("sd15")
-
-
-def _small(family: str) -> Any:
-    from tiny_models import tiny_model
-
-    return tiny_model(family, channel_mult=[1, 1, 1, 1])
-
-
-@pytest.fixture(scope="module")
-def encoders(host: Host) -> dict[str, Any]:
-    """The lab's CLIP and VAE, which go with the tiny models."""
-    _, clip, vae = host.call("LoadLabModel")
-    return {"clip": clip, "vae": vae}
-
-
-@pytest.fixture(scope="module")
-def dataset(encoders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return cached(tmp_path_factory.mktemp("data") / "nine", **encoders)
-
-
-def cached(folder: Path, clip: Any, vae: Any, hints: str = "given", count: int = 9) -> Dataset:
-    """Nine blurred pictures with blurred hints and three prompts."""
-    from zeroconv.nodes.host import dataset as host_dataset
-
-    pictures, drawn = ((picture(seed, 9, SIZE, SIZE).numpy() * 255).astype(np.uint8) for seed in (1, 2))
-    prompts = ("", "a red ball", "a blue cube")
-    items = [Item(f"{i}", pictures[i], prompts[i % 3], drawn[i]) for i in range(count)]
-
-    for _ in make(folder, items, *host_dataset.encoders(vae, clip), None, CachingOptions(SIZE, hints=hints)):
-        pass
-    return Dataset.open(folder)
-
-
-@pytest.fixture(autouse=True)
-def output(host: Host, tmp_path: Path) -> Iterator[Path]:
-    """The folder of runs, this test's own; the controls that it trains are taken away."""
-    import folder_paths
-
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path / "zeroconv" / "training"
-    folder_paths.set_output_directory(before)
-    for path in (host.folder / "zeroconv").glob("*"):
-        path.unlink()
-
-
-@pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the node says at the end of each training."""
-    from zeroconv.nodes.host import training
-
-    said: list[str] = []
-    train = training.train
-
-    def heard(*given: Any) -> Any:
-        found = train(*given)
-        said.append(found.says)
-        return found
-
-    monkeypatch.setattr(training, "train", heard)  # the node imports it when it runs
-    return said
-
-
-Run = Callable[..., tuple]
-
-
-@pytest.fixture
-def run(host: Host, model: Any, encoders: dict[str, Any], dataset: Dataset) -> Run:
-    """The node's outputs for other inputs than the usual: control, plot, samples, file name."""
-
-    def call(**inputs: Any) -> tuple:
-        given = {"model": model, **encoders, "dataset": dataset, "name": "mine", "options": RARER, **WIDGETS}
-        return host.call("TrainControlNet", **{**given, **inputs})
-
-    return call
-
-
-def losses(folder: Path) -> list[str]:
-    """Step and loss of each row of the log, as they are written."""
-    rows = [row.split(",") for row in (folder / "losses.csv").read_text(encoding="utf-8").splitlines()]
-    return [f"{row[0]} {row[rows[0].index('loss')]}" for row in rows[1:]]
-
-
-def trained_by_the_core(
-    model: Any, weights: dict[str, Tensor], dataset: Dataset, folder: Path, **options: Any
-) -> list[str]:
-    """The losses of the same training without the host, as `losses` gives them."""
-    from zeroconv.nodes.host.models import unet_config
-
-    wanted = replace(OPTIONS, **options)
-    config = unet_config(model.model, "", None)
-    steps = list(loop.train(wanted, weights, config, alphas_cumprod(), dataset, folder))
-    return [f"{step.step} {step.loss!r}" for step in steps if step.loss is not None]
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    return {key: tensor.detach().clone() for key, tensor in model.model.diffusion_model.state_dict().items()}
-
-
-def assert_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-def cancel_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Press Cancel while this step is shown."""
-    import comfy.model_management
-
-    from zeroconv.nodes.host.watching import Watch
-
-    see = Watch.see
-
-    def seen(self: Any, progress: Any) -> None:
-        if progress.step == step:
-            comfy.model_management.interrupt_current_processing()
-        see(self, progress)
-
-    monkeypatch.setattr(Watch, "see", seen)
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
@@ -205,7 +83,7 @@ def test_loras_on_the_model_are_trained_on(run: Run, model: Any, dataset: Datase
 
 
 def test_what_a_model_predicts_is_read_from_it(run: Run, dataset: Dataset, output: Path, tmp_path: Path):
-    velocity = _small("sd21")
+    velocity = small_model("sd21")
     run(model=velocity, steps=2)
     expected = trained_by_the_core(velocity, weights_of(velocity), dataset, tmp_path / "v", steps=2, prediction="v")
     assert losses(output / "mine") == expected
@@ -412,20 +290,6 @@ def test_a_control_lora_of_the_loader_is_trained_on_as_a_full_copy(run: Run, hos
         run(name="lite", steps=1, control_net=lora, kind="lite")
 
 
-def test_the_best_control_is_listed_where_it_is_not_the_last(
-    run: Run, host: Host, texts: list[str], monkeypatch: pytest.MonkeyPatch, output: Path
-):
-    from zeroconv.nodes.host import training
-
-    scores = iter([0.1, 0.9, 0.2])
-    monkeypatch.setattr(training, "structure", lambda *_: next(scores))
-    run()
-    file = host.folder / "zeroconv" / "mine-best.safetensors"
-    assert_bits(load_file(file), load_file(output / "mine" / "control-best.safetensors"))
-    assert f"fidelity was highest at step 2: saved {Path('zeroconv/mine-best.safetensors')} too" in texts[0]
-    assert texts[0].splitlines()[-1].startswith("next: connect control_net to Apply ControlNet")
-
-
 def test_zeroconv_is_not_put_twice_into_a_name(run: Run, output: Path):
     *_, name = run(name="zeroconv/named", steps=1, sample_every=0)
     assert Path(name) == Path("zeroconv/named.safetensors")
@@ -433,17 +297,6 @@ def test_zeroconv_is_not_put_twice_into_a_name(run: Run, output: Path):
     (output / "zeroconv" / "earlier").mkdir(parents=True)  # as an earlier version of the pack began it
     run(name="zeroconv/earlier", steps=1, sample_every=0)
     assert (output / "zeroconv" / "earlier" / "control.safetensors").is_file()
-
-
-def test_a_dataset_that_grew_is_told_of(
-    run: Run, encoders: dict[str, Any], texts: list[str], tmp_path: Path, output: Path
-):
-    run(dataset=cached(tmp_path / "grown", **encoders, count=8), steps=2)
-    _, _, samples, _ = run(dataset=cached(tmp_path / "grown", **encoders), steps=4)
-    assert len(losses(output / "mine")) == 4
-    assert samples.shape[2] > 4 * SIZE  # the pictures that are watched are the same, with their samples before training
-    assert "has changed" not in texts[0]
-    assert texts[1].startswith("the dataset has changed since step 2 (pictures: 1 added): training goes on with the 9")
 
 
 def test_a_finished_run_is_given_as_it_is_and_goes_on_with_more_steps(
@@ -561,81 +414,3 @@ def test_on_a_card_that_is_too_small_it_trains_with_what_takes_least(
     asked = len(caplog.records)
     run(precision="bf16", steps=1, sample_every=0)  # finished: nothing is counted
     assert not any("GB of memory" in record.message for record in caplog.records[asked:])
-
-
-# -- watching it -------------------------------------------------------------------------------------------------------
-
-
-def test_the_annotator_scores_samples_by_their_own_hints(
-    run: Run, encoders: dict[str, Any], output: Path, tmp_path: Path
-):
-    from zeroconv.annotators.canny import canny
-
-    made = cached(tmp_path / "made", **encoders, hints="canny")
-    run(dataset=made, fidelity="annotator", steps=2)
-    held, _ = made.split(2, 0)
-    hints = made.read(held).hints.movedim(1, -1).numpy()
-    first = load_file(output / "mine" / "samples" / "first.safetensors")["latents"]
-    pictures = encoders["vae"].decode(first / 0.18215).clamp(0, 1).numpy()
-    expected = np.mean([compare("canny", p, canny(p), hint).score for p, hint in zip(pictures, hints)])
-    rows = (output / "mine" / "fidelity.csv").read_text(encoding="utf-8").splitlines()
-    assert float(rows[1].split(",")[1]) == pytest.approx(expected)
-
-
-def test_given_hints_have_no_annotator(run: Run, output: Path):
-    with pytest.raises(Exception, match="found hints given: choose fidelity structure"):
-        run(fidelity="annotator")
-    assert not output.exists()
-
-
-def test_the_node_shows_plot_and_samples_while_it_runs(run: Run, monkeypatch: pytest.MonkeyPatch):
-    import comfy.utils
-
-    from zeroconv.nodes.host import watching
-
-    shown: list[tuple[int, int, Any]] = []
-    said: list[str] = []
-
-    def hook(value: int, total: int, preview: Any, **_: Any) -> None:
-        shown.append((value, total, preview))
-
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    monkeypatch.setattr(watching, "say", lambda text, _: said.append(text))
-    run(name="shown")
-    bars = [(value, total) for value, total, _ in shown if total == 4]
-    assert bars == [(step, 4) for step in range(5)]
-    previews = [preview for _, total, preview in shown if total == 4 and preview is not None]
-    assert len(previews) >= 3  # at each measurement
-    kind, drawn, _ = previews[-1]
-    assert kind == "JPEG"
-    assert drawn.width <= 1280
-    assert said[-1].startswith("step 4/4 | loss ")
-
-
-def test_prompts_of_ones_own_stand_below_the_held_out_pictures(
-    run: Run, encoders: dict[str, Any], output: Path, tmp_path: Path
-):
-    own = cached(tmp_path / "own", **encoders, count=2)
-    *_, plain, _ = run(name="plain", steps=2)
-    run(steps=2)
-    *_, sheet, _ = run(steps=4, validation=own)  # connected later: what was before training is not known of them
-    assert losses(output / "plain") == losses(output / "mine")[:2]
-    assert sheet.shape[2] == plain.shape[2]
-    assert sheet.shape[1] - plain.shape[1] == 2 * (SIZE + 4)
-    left, top = plain.shape[2] - 4 * (SIZE + 4), plain.shape[1] - 4
-    rows = sheet[0, top : top + SIZE, left:]
-    hint, drawn, before, now = (rows[:, i * (SIZE + 4) : i * (SIZE + 4) + SIZE] for i in range(4))
-    torch.testing.assert_close(hint, own.read([0]).hints[0].movedim(0, -1), rtol=0, atol=0.5 / 255 + 1e-6)
-    assert not before.any() and drawn.any() and now.any()
-    *_, sheet, _ = run(name="from the beginning", validation=own)
-    assert sheet[0, top : top + SIZE, left + 2 * (SIZE + 4) :][:, :SIZE].any()
-
-
-def test_without_samples_there_is_a_plot_alone(run: Run, output: Path):
-    _, plot, samples, _ = run(sample_every=0, steps=1)
-    assert plot.shape[1] > 200
-    assert samples.shape == (1, 64, 64, 3)
-    assert not samples.any()
-    assert not (output / "mine" / "samples").exists()
-    _, _, samples, _ = run(sample_every=2, steps=2)  # turned on later
-    assert samples.shape[1] > 2 * SIZE
