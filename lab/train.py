@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..controlnet_core.diffusion import add_noise, alphas_cumprod
-from ..controlnet_core.networks.controlnet import ControlNet, copy_encoder
+from ..controlnet_core.networks.controlnet import ControlBranch, ControlNet, copy_encoder
+from ..controlnet_core.networks.layers import FeedForward, ResBlock
 from ..controlnet_core.networks.unet import UNet
 from .autoencoder import LATENT_SCALE, Autoencoder, scale_latents
 from .dataset import load_shards, render_shards
@@ -40,7 +41,7 @@ def _mixed(place: torch.device) -> torch.autocast:
 def _keeping(network: Module) -> Module:
     """`network`, which computes nothing twice in its backward pass: at this size all that it keeps fits any memory."""
     for module in network.modules():
-        if hasattr(module, "recomputing"):
+        if isinstance(module, (ResBlock, FeedForward, ControlBranch)):
             module.recomputing = False
     return network
 

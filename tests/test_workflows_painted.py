@@ -59,7 +59,7 @@ def with_the_lab(graph: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.host
 @pytest.mark.weights
-@pytest.mark.parametrize(("name", "side"), [*zip(OWN, (SIDE, SIDE, SIDE, 2 * SIDE, None, SIDE))])
+@pytest.mark.parametrize(("name", "side"), [*zip(OWN, (SIDE, SIDE, SIDE, 2 * SIDE, None, SIDE), strict=True)])
 def test_own_workflows_run_to_their_end(name: str, side: int | None, host_server: HostServer):
     run = host_server.run(with_the_lab(read_api(name)))
     (saved,) = [i for i, node in read_api(name).items() if node["class_type"] in ("SaveImage", "SaveVideo")]
