@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
+from uuid import uuid4
 
 from ..errors import ZeroConvError
 from ..files.writing import replacing
@@ -69,7 +70,8 @@ class Log:
 
         Rows beyond `step` were written by a run that was cut off after its last checkpoint: they are cut away, as is a
         row half written. The others stay as they are, byte for byte. `options` are shown by TensorBoard,
-        and by `trackers`, names of what accelerate tells of it too, such as wandb.
+        and by `trackers`, names of what accelerate tells of it too, such as wandb; those of RESUMED go on with the run
+        that they have of this folder.
         Raises LogError where the files cannot be written or are not such a log, or a tracker cannot be had.
         """
         step = step if step > 0 else -1  # a training that begins measures step 0 itself
@@ -78,9 +80,10 @@ class Log:
             tables = [Table(folder / name, columns, step) for name, columns in _FILES.items()]
             held_out = folder / HELD_OUT
             validation = Table(held_out, VALIDATION, step) if held_out.exists() else None
+            run_id = _run_id(folder, step) if trackers else ""
         except OSError as error:
             raise LogError(_failure(folder, error)) from error
-        started = [_tracker(name, options or {}) for name in trackers]
+        started = [_tracker(name, options or {}, run_id) for name in trackers]
         return cls(tables[0], tables[1], validation, _events(folder / "tensorboard", step, options or {}), started)
 
     def __enter__(self) -> Log:
@@ -294,7 +297,23 @@ def _events(folder: Path, step: int, options: Mapping[str, object]) -> Any:
     return writer
 
 
-def _tracker(name: str, options: Mapping[str, object]) -> Any:
+RUN_ID = "run_id.txt"
+"""In a run's folder: what trackers know it by."""
+
+RESUMED: dict[str, Callable[[str], dict[str, str]]] = {"wandb": lambda run_id: {"id": run_id, "resume": "allow"}}
+"""How trackers are told to go on with a run; others begin a new one each time."""
+
+
+def _run_id(folder: Path, step: int) -> str:
+    """What trackers know the run in `folder` by, which goes on after `step`; a new one for one that begins."""
+    path = folder / RUN_ID
+    if step < 0 or not path.is_file():
+        with replacing(path) as temporary:
+            temporary.write_text(uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _tracker(name: str, options: Mapping[str, object], run_id: str) -> Any:
     """One of accelerate's trackers, started in the project zeroconv; raises LogError where it cannot be."""
     try:
         from accelerate import PartialState  # type: ignore[import-not-found]
@@ -309,7 +328,7 @@ def _tracker(name: str, options: Mapping[str, object]) -> Any:
         )
     try:
         PartialState()  # its own log asks for it; it takes the processes as they are
-        tracker = known[name]("zeroconv")
+        tracker = known[name]("zeroconv", **(RESUMED[name](run_id) if name in RESUMED else {}))
         tracker.start()
         tracker.store_init_configuration(dict(options))
     except Exception as error:
