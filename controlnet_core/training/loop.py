@@ -175,11 +175,12 @@ def train(
                 steps.begin()  # what is seen and kept of this step is this step's: no weight has changed since
             value, norm = reading.wait()
             if not isfinite(value) or not (isfinite(norm) or state.scaler.is_enabled()):
-                writer.rest()
+                # The weights of this loss are those of the step before: what is kept of that one would end here again.
+                spoilt = writer.set_aside(state.step - 1)
                 raise TrainingStopped(
                     f"the loss of step {state.step} is {value}, its gradient {norm}: numbers have grown beyond "
                     f"{options.precision}. {checkpoint.kept(checkpoints)} Lower learning_rate, or choose precision "
-                    "fp32 or bf16."
+                    f"fp32 or bf16.{spoilt}"
                 )
             ended = time.monotonic()
             state.seconds += ended - started

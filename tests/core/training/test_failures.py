@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zeroconv.controlnet_core.data.dataset import Batch, Dataset
 from zeroconv.controlnet_core.files import saving
 from zeroconv.controlnet_core.files.saving import SaveError
-from zeroconv.controlnet_core.training import checkpoint, objective
+from zeroconv.controlnet_core.training import checkpoint, objective, step
 from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
 from zeroconv.controlnet_core.training.loop import TrainingStopped
 from zeroconv.controlnet_core.training.memory import advice
@@ -79,6 +79,32 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
     assert kept.step == 2
     assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
     assert not (tmp_path / "control.safetensors").exists()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_checkpoint_that_would_end_in_the_same_way_is_set_aside(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+):
+    pass_loss, options = step.pass_loss, quick(steps=4, save_every=every, accumulation=1)
+
+    def ends(number: int) -> str:
+        with monkeypatch.context() as patched:
+            patched.setattr(step, "pass_loss", at_call(pass_loss, number, lambda *each: pass_loss(*each) / 0))
+            with pytest.raises(TrainingStopped) as stopped:
+                fit(replace(options, steps=9), data, tmp_path)
+        return str(stopped.value)
+
+    said = ends(3)
+    assert said.endswith(" step-00000002.safetensors, after which that came, is set aside as "
+                         "step-00000002.safetensors.not-finite.")  # fmt: skip
+    assert ("step-00000001.safetensors is kept" if every == 1 else "training begins anew") in said
+    left = sorted(path.name for path in (tmp_path / "controls").iterdir() if path.is_file())
+    assert left == ["step-00000001.safetensors"] * (every == 1) + ["step-00000002.safetensors.not-finite"]
+    assert fit(options, data, tmp_path)[-1].step == 4
+    said = ends(1)  # of a run before, with which another precision may be the reason
+    assert "step-00000004.safetensors is kept" in said
+    assert said.endswith(" Where that does not help, delete step-00000004.safetensors: training then goes on from the "
+                         "one before.")  # fmt: skip
 
 
 def test_a_gradient_that_is_no_number_stops(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
