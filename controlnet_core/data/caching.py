@@ -17,7 +17,7 @@ from PIL import Image
 from . import captions
 from .dataset import Dataset
 from .manifest import DatasetError
-from .pictures import Crop, PictureError, bucket, hint_of, read, size_of
+from .pictures import Crop, PictureError, bucket, check_shape, hint_of, read, size_of
 from .sources import Item, Skipped
 from .writer import CachingOptions, EncodePictures, EncodePrompt, Prepared, View, Writer
 
@@ -161,12 +161,14 @@ def size_in_words(count: int) -> str:
 
 
 def groups_of(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[Skipped]]:
-    """The items of each size, and the items that are no pictures."""
+    """The items of each size, and the items that are no pictures, or whose hints are of another shape."""
     found: dict[tuple[int, int], Group] = defaultdict(list)
     skipped = []
     for item in items:
         try:
             full = size_of(item.picture)
+            if item.hint is not None:
+                check_shape(size_of(item.hint), full)
             crop = Crop(full, bucket(*full, resolution))
             found[crop.size].append((item, crop))
         except PictureError as error:

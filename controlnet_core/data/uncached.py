@@ -61,7 +61,7 @@ class Uncached(Dataset):
     ) -> Uncached:
         """The pictures of `folder`, each with a hint; what is none, or lacks one, is left out, and the log names it.
 
-        Pictures are opened for their sizes alone; `prompts` are known beside theirs. Raises DatasetError where nothing
+        Pictures and hints are opened for their sizes alone; `prompts` are known beside theirs. Raises DatasetError where nothing
         is left.
         """
         stamps, skipped = stamps_of(items)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroconv.controlnet_core.data.dataset import Batch, Dataset
+from zeroconv.controlnet_core.data.manifest import DatasetError
 from zeroconv.controlnet_core.files import saving
 from zeroconv.controlnet_core.files.saving import SaveError
 from zeroconv.controlnet_core.training import checkpoint, objective, step
@@ -21,7 +22,7 @@ from zeroconv.controlnet_core.training.loop import TrainingStopped
 from zeroconv.controlnet_core.training.memory import advice
 from zeroconv.controlnet_core.training.options import OptionsError
 
-from .tiny import dataset, fit, quick, training
+from .tiny import dataset, fit, losses, quick, training
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,20 @@ def test_a_gradient_that_is_no_number_stops(data: Dataset, tmp_path: Path, monke
         TrainingStopped, match=r"the loss of step 1 is \d.*, its gradient nan.*No checkpoint was written"
     ):
         fit(quick(), data, tmp_path)
+
+
+# -- data that is gone ------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_is_gone_loses_no_step(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    straight = losses(fit(quick(sample_every=0), data, tmp_path / "straight"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Dataset, "read", at_call(Dataset.read, 4, raising(DatasetError("c.png is gone"))))
+        with pytest.raises(DatasetError, match="c.png is gone"):
+            fit(quick(sample_every=0, save_every=100), data, tmp_path / "run")
+    kept = newest(tmp_path / "run").step
+    assert kept == 3
+    assert losses(fit(quick(sample_every=0), data, tmp_path / "run")) == straight[kept:]
 
 
 # -- no room ----------------------------------------------------------------------------------------------------------
