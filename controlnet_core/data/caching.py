@@ -112,7 +112,7 @@ def make(
             step += 1
             yield progress()
         writer.flush_prompts()
-        reasons = {name: next((refused[form] for form in forms if form in refused), "") for name, forms in texts.items()}
+        reasons = {name: next((refused[one] for one in forms if one in refused), "") for name, forms in texts.items()}
         groups = [[(item, centre) for item, centre in group if not reasons[item.name]] for group in groups]
         skipped += [Skipped(name, reason) for name, reason in reasons.items() if reason]
         step += len(todo) - sum(map(len, groups))
