@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -26,12 +28,25 @@ LOSSES = ("step", "loss", "smoothed", "learning_rate", "gradient_norm", "seconds
 FIDELITY = ("step", "fidelity", "converged")
 VALIDATION = ("step", "loss")
 HELD_OUT = "validation.csv"
+OPTIONS = "options.json"
 RECENT = 100
 """The steps whose pace tells how long the rest will take."""
 
 
 class LogError(ZeroConvError, RuntimeError):
     """A log that cannot be written or gone on with; the message names the file and what to do."""
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Within it, what cannot be written of a log in `folder` becomes a LogError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"the log in {folder} cannot be written: {error}. Make room there, or choose a folder that can be written "
+            "to; training goes on from its last checkpoint"
+        ) from error
 
 
 class Log:
@@ -69,20 +84,21 @@ class Log:
         """The log in `folder` of a training that goes on after `step`; 0 for one that begins, with nothing before it.
 
         Rows beyond `step` were written by a run that was cut off after its last checkpoint: they are cut away, as is a
-        row half written. The others stay as they are, byte for byte. `options` are shown by TensorBoard,
-        and by `trackers`, names of what accelerate tells of it too, such as wandb; those of RESUMED go on with the run
-        that they have of this folder.
+        row half written. The others stay as they are, byte for byte. `options` are written to OPTIONS, and shown by
+        TensorBoard and by `trackers`, names of what accelerate tells of it too, such as wandb; those of RESUMED go on
+        with the run that they have of this folder.
         Raises LogError where the files cannot be written or are not such a log, or a tracker cannot be had.
         """
         step = step if step > 0 else -1  # a training that begins measures step 0 itself
-        try:
+        with written_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             tables = [Table(folder / name, columns, step) for name, columns in _FILES.items()]
             held_out = folder / HELD_OUT
             validation = Table(held_out, VALIDATION, step) if held_out.exists() else None
             run_id = _run_id(folder, step) if trackers else ""
-        except OSError as error:
-            raise LogError(_failure(folder, error)) from error
+            if options:
+                with replacing(folder / OPTIONS) as temporary:
+                    temporary.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8", newline="\n")
         started = [_tracker(name, options or {}, run_id) for name in trackers]
         return cls(tables[0], tables[1], validation, _events(folder / "tensorboard", step, options or {}), started)
 
@@ -108,7 +124,7 @@ class Log:
         Raises LogError when the disk is full, and for a step that does not follow the last one.
         """
         step, scalars = progress.step, dict[str, float]()
-        try:
+        with written_to(self._losses.path.parent):
             if progress.loss is not None:
                 smoothed = self._average.add(progress.loss)
                 norm, seconds = progress.gradient_norm, progress.seconds
@@ -132,8 +148,6 @@ class Log:
                     self._events.add_scalar(name, value, step)
                 if picture is not None:
                     self._events.add_image("samples", picture, step, dataformats="HWC")
-        except OSError as error:
-            raise LogError(_failure(self._losses.path.parent, error)) from error
         self._tell(lambda tracker: tracker.log(scalars, step=step))
         if picture is not None:
             self._tell(lambda tracker: getattr(tracker, "log_images", _nothing)({"samples": [picture]}, step=step))
@@ -344,10 +358,3 @@ def _nothing(*_: Any, step: int) -> None:
 
 def _table(rows: Iterable[tuple[str, object]]) -> str:
     return "\n".join(["| option | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _failure(folder: Path, error: OSError) -> str:
-    return (
-        f"the log in {folder} cannot be written: {error}. Make room there, or choose a folder that can be written to; "
-        "training goes on from its last checkpoint"
-    )
