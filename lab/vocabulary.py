@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from ..controlnet_core.errors import ZeroConvError
+from ..controlnet_core.data.captions import PromptError
 
 START, END, LENGTH = 49406, 49407, 77
 
@@ -31,7 +31,7 @@ INSUFFICIENT_PROMPT = "a high-quality, detailed, and professional image"
 """The paper's prompt that says nothing about the picture (section 4.2)."""
 
 
-class UnknownWord(ZeroConvError):
+class UnknownWord(PromptError):
     """A prompt holds a word that the embedded text encoder has no token for."""
 
 

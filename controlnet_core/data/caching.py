@@ -15,13 +15,17 @@ import numpy as np
 from PIL import Image
 
 from . import captions
+from .captions import PromptError
 from .dataset import Dataset
 from .manifest import DatasetError
-from .pictures import Crop, PictureError, bucket, hint_of, read, size_of
+from .pictures import Crop, PictureError, bucket, check_shape, hint_of, read, size_of
 from .sources import Item, Skipped
 from .writer import CachingOptions, EncodePictures, EncodePrompt, Prepared, View, Writer
 
 log = logging.getLogger(__name__)
+
+SHORT = 40
+"""Letters of a caption that a report shows."""
 
 Annotate = Callable[[np.ndarray], np.ndarray]
 """A picture (H,W,3) float32 in [0,1] -> its hint, the same; PictureError where it has none."""
@@ -62,10 +66,10 @@ def make(
     are read, in threads beside the encoder, several at once. `prompts` are encoded beside those of the items. What is
     cached already and has not changed stays; what is gone from `items` is put aside. Closing the generator keeps what
     is encoded; of a process that is killed one shard is lost at most, and the next run goes on from there. An item that
-    cannot be read is skipped by name.
+    cannot be read, or whose caption the text encoder does not take, is skipped by name.
 
     Raises DatasetError when the folder was made with other options or encoders, when no item could be used, and before
-    anything is encoded when there is no room for it; SaveError when the disk is full.
+    anything is encoded when there is no room for it; SaveError when the disk is full; PromptError for one of `prompts`.
     """
     if annotate is not None:
         items = [replace(item, hint=None) for item in items]
@@ -97,11 +101,21 @@ def make(
     yield progress()
     try:
         # Prompts first, so that a GPU that cannot hold both encoders changes between them once.
+        refused: dict[str, str] = {}
         for prompt in unknown:
-            writer.add_prompt(prompt)
+            try:
+                writer.add_prompt(prompt)
+            except PromptError as error:
+                if prompt in prompts:
+                    raise
+                refused[prompt] = f"its caption {_short(prompt)!r} cannot be used: {error}"
             step += 1
             yield progress()
         writer.flush_prompts()
+        reasons = {name: next((refused[one] for one in forms if one in refused), "") for name, forms in texts.items()}
+        groups = [[(item, centre) for item, centre in group if not reasons[item.name]] for group in groups]
+        skipped += [Skipped(name, reason) for name, reason in reasons.items() if reason]
+        step += len(todo) - sum(map(len, groups))
         for group in groups:
             batches = [group[start : start + options.batch_size] for start in range(0, len(group), options.batch_size)]
             for batch, coming in _ahead(load, batches, options.batch_size):
@@ -122,6 +136,10 @@ def make(
         writer.flush()
     if not before and not writer.added:
         raise DatasetError(f"none of {len(items)} items could be used: {'; '.join(map(str, skipped[:3]))}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHORT else f"{text[:SHORT]}..."
 
 
 def stamps_of(items: Sequence[Item]) -> tuple[dict[str, str], list[Skipped]]:
@@ -161,12 +179,14 @@ def size_in_words(count: int) -> str:
 
 
 def groups_of(items: Sequence[Item], resolution: int) -> tuple[list[Group], list[Skipped]]:
-    """The items of each size, and the items that are no pictures."""
+    """The items of each size, and the items that are no pictures, or whose hints are of another shape."""
     found: dict[tuple[int, int], Group] = defaultdict(list)
     skipped = []
     for item in items:
         try:
             full = size_of(item.picture)
+            if item.hint is not None:
+                check_shape(size_of(item.hint), full)
             crop = Crop(full, bucket(*full, resolution))
             found[crop.size].append((item, crop))
         except PictureError as error:

@@ -1,10 +1,16 @@
-"""Captions of tags in several forms, so that a training does not learn their order."""
+"""Captions: those that cannot be used, and those of tags in several forms, so that no order of them is learned."""
 
 from __future__ import annotations
 
 from hashlib import blake2b
 
 import numpy as np
+
+from ..errors import ZeroConvError
+
+
+class PromptError(ZeroConvError):
+    """A prompt that a text encoder does not take; the message is the reason alone."""
 
 
 def forms(prompt: str, name: str, count: int, dropout: float, keep: int) -> tuple[str, ...]:

@@ -104,7 +104,10 @@ class Dataset:
             raise _damaged(folder, "; ".join(wrong))
         places = places_of(manifest)
         if not places:
-            raise DatasetError(f"{folder} holds a dataset without items: make it again from pictures that can be read")
+            raise DatasetError(
+                f"{folder} holds a dataset without items: the command that makes it goes on with it, or says why none "
+                "could be used"
+            )
         return cls(folder, manifest, places)
 
     def __len__(self) -> int:

@@ -176,7 +176,7 @@ def _of_folder(folder: Path) -> list[TextEncoder]:
     if not count:
         raise EncoderError(
             f"{folder} holds no model: expected a folder in diffusers' layout, with vae/, text_encoder/ and "
-            "tokenizer/; of lab/weights prompts are encoded when the dataset is made"
+            "tokenizer/. With lab/weights take cached = true, and make the dataset again where a prompt is not in it"
         )
     transformers = _library("transformers")
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import ZeroConvError
+from ..keys import times
 
 FINEST, COARSEST = 8, 64
 """Sides of buckets are multiples of an eighth of the resolution between these: of 64, so that all four levels of a UNet
@@ -145,10 +146,15 @@ def hint_of(source: Path | np.ndarray, crop: Crop) -> np.ndarray:
     palettes stay. Raises PictureError for a hint of another shape than the picture.
     """
     hint = read(source)
-    shapes = hint.width / hint.height, crop.full[0] / crop.full[1]
+    check_shape(hint.size, crop.full)
+    return crop.of(hint, Image.Resampling.BOX)
+
+
+def check_shape(hint: tuple[int, int], picture: tuple[int, int]) -> None:
+    """Raise PictureError for a hint of another shape than its picture; both (width, height)."""
+    shapes = hint[0] / hint[1], picture[0] / picture[1]
     if max(shapes) > SAME_SHAPE * min(shapes):
         raise PictureError(
-            f"its hint is {hint.width}x{hint.height}, the picture {crop.full[0]}x{crop.full[1]}: they must show the "
-            "same in the same place, so have the same shape"
+            f"its hint is {times(hint)}, the picture {times(picture)}: they must show the same in the same place, so "
+            "have the same shape"
         )
-    return crop.of(hint, Image.Resampling.BOX)

@@ -61,8 +61,8 @@ class Uncached(Dataset):
     ) -> Uncached:
         """The pictures of `folder`, each with a hint; what is none, or lacks one, is left out, and the log names it.
 
-        Pictures are opened for their sizes alone; `prompts` are known beside theirs. Raises DatasetError where nothing
-        is left.
+        Pictures and hints are opened for their sizes alone; `prompts` are known beside theirs. Raises DatasetError
+        where nothing is left.
         """
         stamps, skipped = stamps_of(items)
         skipped += [Skipped(item.name, "it has no hint") for item in items if item.hint is None]

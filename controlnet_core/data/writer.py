@@ -25,7 +25,7 @@ EncodePictures = Callable[[Tensor], Tensor]
 """Pictures (B,3,H,W) in [0,1] -> latents (B,4,H/8,W/8), scaled as the UNet sees them."""
 
 EncodePrompt = Callable[[str], tuple[Tensor, Tensor | None]]
-"""A prompt -> context (T,C) and, for SDXL alone, pooled (D,)."""
+"""A prompt -> context (T,C) and, for SDXL alone, pooled (D,); PromptError for one that it does not take."""
 
 SHARD_BYTES = 64 << 20
 """Bytes of a shard: little enough to be lost by a killed process, enough for a thousand small pictures."""

@@ -19,7 +19,10 @@ def replacing(path: Path) -> Iterator[Path]:
     # In the same folder, so that the last step is one rename; under a name that no loader lists.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask says
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -38,7 +37,7 @@ from ..networks.network import ControlNetwork
 from . import checkpoint, config
 from .config import ConfigError, Run
 from .distributed import DistributedError, Process, joined
-from .log import Log, LogError
+from .log import Log, LogError, written_to
 from .loop import Progress, TrainingStopped, train
 from .memory import Examples, fitted, is_out_of_memory
 from .options import MEANINGS, OptionsError, TrainingOptions
@@ -233,24 +232,23 @@ class Watch:
 
     def see(self, progress: Progress) -> None:
         """Log a step, with its samples as a picture where it has some."""
-        folder = self._run.output
+        folder, pictures = self._run.output, None
         if self._log is None:
             facts = {"base": str(self._run.base), "dataset": str(self._run.dataset), **self._run.options.as_dict()}
             self._log = Log.open(folder, progress.step - 1, facts, self._run.trackers)
-            text = json.dumps(facts, indent=2) + "\n"
-            (folder / "options.json").write_text(text, encoding="utf-8", newline="\n")
-        pictures = None
+        log = self._log
         if progress.samples is not None or progress.prompted:
             pictures = self._pictures(progress)
-            _write(folder / "samples" / f"step-{progress.step:08d}.png", pictures)
-        self._log.add(progress, pictures)
-        if progress.fidelity is not None or progress.step == progress.steps:
-            log = self._log
-            drawn = plot(log.losses, log.fidelity, progress.converged, WIDTH, HEIGHT, log.validation)
-            _write(folder / "plot.png", drawn)
+        with written_to(folder):
+            if pictures is not None:
+                _write(folder / "samples" / f"step-{progress.step:08d}.png", pictures)
+            log.add(progress, pictures)
+            if progress.fidelity is not None or progress.step == progress.steps:
+                drawn = plot(log.losses, log.fidelity, progress.converged, WIDTH, HEIGHT, log.validation)
+                _write(folder / "plot.png", drawn)
         now = time.monotonic()
         if now - self._said > PERIOD or progress.fidelity is not None or progress.step == progress.steps:
-            print(self._log.describe(progress), flush=True)
+            print(log.describe(progress), flush=True)
             self._said = now
 
     def close(self) -> None:

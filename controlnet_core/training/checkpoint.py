@@ -42,6 +42,9 @@ it; `begun` says of which kind the control was that the training began with, "" 
 
 NAME = re.compile(r"step-(\d{8})\.safetensors")
 
+ASIDE = ".not-finite"
+"""Behind the name of a file of a step after which numbers were no longer finite."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -156,7 +159,11 @@ def kept(folder: Path) -> str:
         except LoadError:
             continue
         return f"{path.name} is kept, and training goes on from it."
-    return "No checkpoint was written yet." if not files(folder) else "None of its checkpoints can be read."
+    if files(folder):
+        return "None of its checkpoints can be read."
+    if any(folder.glob(f"*{ASIDE}")):
+        return "There is no checkpoint before it: training begins anew."
+    return "No checkpoint was written yet."
 
 
 def fingerprint(base: State) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import IO, TYPE_CHECKING, Any
+from uuid import uuid4
 
 from ..errors import ZeroConvError
 from ..files.writing import replacing
@@ -25,12 +28,25 @@ LOSSES = ("step", "loss", "smoothed", "learning_rate", "gradient_norm", "seconds
 FIDELITY = ("step", "fidelity", "converged")
 VALIDATION = ("step", "loss")
 HELD_OUT = "validation.csv"
+OPTIONS = "options.json"
 RECENT = 100
 """The steps whose pace tells how long the rest will take."""
 
 
 class LogError(ZeroConvError, RuntimeError):
     """A log that cannot be written or gone on with; the message names the file and what to do."""
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Within it, what cannot be written of a log in `folder` becomes a LogError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"the log in {folder} cannot be written: {error}. Make room there, or choose a folder that can be written "
+            "to; training goes on from its last checkpoint"
+        ) from error
 
 
 class Log:
@@ -68,19 +84,22 @@ class Log:
         """The log in `folder` of a training that goes on after `step`; 0 for one that begins, with nothing before it.
 
         Rows beyond `step` were written by a run that was cut off after its last checkpoint: they are cut away, as is a
-        row half written. The others stay as they are, byte for byte. `options` are shown by TensorBoard,
-        and by `trackers`, names of what accelerate tells of it too, such as wandb.
+        row half written. The others stay as they are, byte for byte. `options` are written to OPTIONS, and shown by
+        TensorBoard and by `trackers`, names of what accelerate tells of it too, such as wandb; those of RESUMED go on
+        with the run that they have of this folder.
         Raises LogError where the files cannot be written or are not such a log, or a tracker cannot be had.
         """
         step = step if step > 0 else -1  # a training that begins measures step 0 itself
-        try:
+        with written_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             tables = [Table(folder / name, columns, step) for name, columns in _FILES.items()]
             held_out = folder / HELD_OUT
             validation = Table(held_out, VALIDATION, step) if held_out.exists() else None
-        except OSError as error:
-            raise LogError(_failure(folder, error)) from error
-        started = [_tracker(name, options or {}) for name in trackers]
+            run_id = _run_id(folder, step) if trackers else ""
+            if options:
+                with replacing(folder / OPTIONS) as temporary:
+                    temporary.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8", newline="\n")
+        started = [_tracker(name, options or {}, run_id) for name in trackers]
         return cls(tables[0], tables[1], validation, _events(folder / "tensorboard", step, options or {}), started)
 
     def __enter__(self) -> Log:
@@ -105,7 +124,7 @@ class Log:
         Raises LogError when the disk is full, and for a step that does not follow the last one.
         """
         step, scalars = progress.step, dict[str, float]()
-        try:
+        with written_to(self._losses.path.parent):
             if progress.loss is not None:
                 smoothed = self._average.add(progress.loss)
                 norm, seconds = progress.gradient_norm, progress.seconds
@@ -129,8 +148,6 @@ class Log:
                     self._events.add_scalar(name, value, step)
                 if picture is not None:
                     self._events.add_image("samples", picture, step, dataformats="HWC")
-        except OSError as error:
-            raise LogError(_failure(self._losses.path.parent, error)) from error
         self._tell(lambda tracker: tracker.log(scalars, step=step))
         if picture is not None:
             self._tell(lambda tracker: getattr(tracker, "log_images", _nothing)({"samples": [picture]}, step=step))
@@ -294,7 +311,23 @@ def _events(folder: Path, step: int, options: Mapping[str, object]) -> Any:
     return writer
 
 
-def _tracker(name: str, options: Mapping[str, object]) -> Any:
+RUN_ID = "run_id.txt"
+"""In a run's folder: what trackers know it by."""
+
+RESUMED: dict[str, Callable[[str], dict[str, str]]] = {"wandb": lambda run_id: {"id": run_id, "resume": "allow"}}
+"""How trackers are told to go on with a run; others begin a new one each time."""
+
+
+def _run_id(folder: Path, step: int) -> str:
+    """What trackers know the run in `folder` by, which goes on after `step`; a new one for one that begins."""
+    path = folder / RUN_ID
+    if step < 0 or not path.is_file():
+        with replacing(path) as temporary:
+            temporary.write_text(uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _tracker(name: str, options: Mapping[str, object], run_id: str) -> Any:
     """One of accelerate's trackers, started in the project zeroconv; raises LogError where it cannot be."""
     try:
         from accelerate import PartialState  # type: ignore[import-not-found]
@@ -309,7 +342,7 @@ def _tracker(name: str, options: Mapping[str, object]) -> Any:
         )
     try:
         PartialState()  # its own log asks for it; it takes the processes as they are
-        tracker = known[name]("zeroconv")
+        tracker = known[name]("zeroconv", **(RESUMED[name](run_id) if name in RESUMED else {}))
         tracker.start()
         tracker.store_init_configuration(dict(options))
     except Exception as error:
@@ -325,10 +358,3 @@ def _nothing(*_: Any, step: int) -> None:
 
 def _table(rows: Iterable[tuple[str, object]]) -> str:
     return "\n".join(["| option | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _failure(folder: Path, error: OSError) -> str:
-    return (
-        f"the log in {folder} cannot be written: {error}. Make room there, or choose a folder that can be written to; "
-        "training goes on from its last checkpoint"
-    )

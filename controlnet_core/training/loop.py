@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.dataset import Batch, Batches, Dataset, to_device
+from ..data.manifest import DatasetError
 from ..errors import ZeroConvError
 from ..files.kinds import kind_of
 from ..files.saving import SaveError
@@ -170,16 +171,18 @@ def train(
             report.sampling = time.monotonic() - started
         while state.step < options.steps:
             started = time.monotonic()
-            reading = steps.take()
-            if state.step < options.steps and not held_out.is_due(state.step):  # which needs the room of gradients
-                steps.begin()  # what is seen and kept of this step is this step's: no weight has changed since
+            with _data_that_may_fail(state, writer):
+                reading = steps.take()
+                if state.step < options.steps and not held_out.is_due(state.step):  # which needs the room of gradients
+                    steps.begin()  # what is seen and kept of this step is this step's: no weight has changed since
             value, norm = reading.wait()
             if not isfinite(value) or not (isfinite(norm) or state.scaler.is_enabled()):
-                writer.rest()
+                # The weights of this loss are those of the step before: what is kept of that one would end here again.
+                spoilt = writer.set_aside(state.step - 1)
                 raise TrainingStopped(
                     f"the loss of step {state.step} is {value}, its gradient {norm}: numbers have grown beyond "
                     f"{options.precision}. {checkpoint.kept(checkpoints)} Lower learning_rate, or choose precision "
-                    "fp32 or bf16."
+                    f"fp32 or bf16.{spoilt}"
                 )
             ended = time.monotonic()
             state.seconds += ended - started
@@ -209,6 +212,17 @@ def train(
         state.use_averages()
         if options.unlock_decoder:
             checkpoint.write_unet(folder / "unet.safetensors", controlled.unet.state_dict())
+
+
+@contextmanager
+def _data_that_may_fail(state: TrainingState, writer: Writer) -> Iterator[None]:
+    """What cannot be read of the dataset ends a training, and loses no step: no weight has changed since the last."""
+    try:
+        yield
+    except DatasetError:
+        if state.step and not state.is_sharded:  # else the others would have to give their part
+            writer.finish(state)
+        raise
 
 
 @contextmanager

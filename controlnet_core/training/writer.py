@@ -101,6 +101,26 @@ class Writer:
         self.save(state)
         self.wait()
 
+    def set_aside(self, step: int) -> str:
+        """Take the checkpoint of `step`, from which training cannot go on, from among the others; what is to be said.
+
+        One that this run has not written may be of other options, with which it is good: that is left to the user.
+        """
+        self.rest()
+        name = f"step-{step:08d}.safetensors"
+        found = self.checkpoints / name
+        if not (self._writes and found.is_file()):
+            return ""
+        if self.step != step:
+            return f" Where that does not help, delete {name}: training then goes on from the one before."
+        try:
+            for each in (found, self._folder / CONTROLS / name, self._folder / CONTROLS / "unet" / name):
+                if each.is_file():
+                    each.replace(each.with_name(f"{name}{checkpoint.ASIDE}"))
+        except OSError as error:  # somebody else may hold the file
+            return f" {name} is of no use, delete it ({error})."
+        return f" {name}, after which that came, is set aside as {name}{checkpoint.ASIDE}."
+
     def rest(self) -> None:
         """Return when nothing is being written; what went wrong is left for the next call."""
         wait([] if self._going is None else [self._going])

@@ -30,6 +30,7 @@ from ...controlnet_core.networks.unet import UNetConfig
 from ...controlnet_core.training import checkpoint, loop
 from ...controlnet_core.training.distributed import Process
 from ...controlnet_core.training.fidelity import structure
+from ...controlnet_core.training.log import OPTIONS
 from ...controlnet_core.training.memory import Examples, fitted
 from ...controlnet_core.training.options import OptionsError, TrainingOptions
 from ...controlnet_core.training.writer import BEST, CHECKPOINTS, newest_control
@@ -39,7 +40,7 @@ from .models import ModelError, unet_config
 from .networks import NetworkControl
 from .progress import say
 from .save import free_path, name_parts, users_folder
-from .watching import FACTS, Decoder, Watch, annotated, newest_plot, newest_sheet, summary
+from .watching import Decoder, Watch, annotated, newest_plot, newest_sheet, summary
 from .weights import loaded_control, unet_weights
 
 log = logging.getLogger(__name__)
@@ -208,10 +209,12 @@ def own_prompts(validation: Dataset) -> list[tuple[str, Batch]]:
 
 def check_score(folder: Path, fidelity: str) -> None:
     """Raise OptionsError where the run in `folder` has been scored otherwise: its curve would jump for nothing."""
-    facts = folder / FACTS
-    if not facts.is_file() or not checkpoint.files(folder / "checkpoints"):
+    if not checkpoint.files(folder / "checkpoints"):
         return
-    before = json.loads(facts.read_text(encoding="utf-8")).get("fidelity", fidelity)
+    try:
+        before = json.loads((folder / OPTIONS).read_text(encoding="utf-8")).get("fidelity", fidelity)
+    except (OSError, ValueError, AttributeError):  # there is none, or a full disk left a part of it
+        return
     if before != fidelity:
         raise OptionsError(
             f"this run is scored by fidelity {before}, found {fidelity}: give the same again, or train under another "

@@ -28,7 +28,7 @@ from ...controlnet_core.files import saving
 from ...controlnet_core.files.loading import read_weights
 from ...controlnet_core.training import pictures
 from ...controlnet_core.training.fidelity import Score
-from ...controlnet_core.training.log import Log, LogError, duration
+from ...controlnet_core.training.log import Log, LogError, duration, written_to
 from ...controlnet_core.training.loop import Progress
 from ...controlnet_core.training.options import TrainingOptions
 from ...controlnet_core.training.plot import plot
@@ -39,9 +39,6 @@ from .progress import bar, say
 
 PERIOD = 5.0
 """Seconds from one new plot on the node to the next; more where drawing takes more than 2 % of the time."""
-
-FACTS = "options.json"
-"""In a run's folder: what it was told last."""
 
 LETTERS, LINE_HEIGHT = 22, 18
 """Of a prompt on a sheet: letters of a line, and its pixels."""
@@ -130,7 +127,7 @@ class Watch:
     def see(self, progress: Progress) -> None:
         """Log a step and show it; raises when the user cancels, and LogError."""
         if self._log is None:
-            self._log = self._open(progress.step - 1)
+            self._log = Log.open(self._folder, progress.step - 1, self._facts)
         sheet = None
         self._held, self.notes = progress.held, progress.notes
         if progress.samples is not None or progress.prompted:
@@ -146,17 +143,11 @@ class Watch:
         say("\n".join([self._log.describe(progress), *self.notes]), self._node_id)
         self._move(progress.step, preview)
 
-    def _open(self, step: int) -> Log:
-        """The log of a training that goes on after `step`, with its options beside it."""
-        opened = Log.open(self._folder, step, self._facts)
-        text = json.dumps(self._facts, indent=2) + "\n"
-        (self._folder / FACTS).write_text(text, encoding="utf-8", newline="\n")
-        return opened
-
     def _drawing(self, log: Log, converged: int | None) -> Image.Image:
         """The plot, kept as a file, beside the newest sheet."""
         drawn = Image.fromarray(plot(log.losses, log.fidelity, converged, validation=log.validation))
-        drawn.save(self._folder / "plot.png")
+        with written_to(self._folder):
+            drawn.save(self._folder / "plot.png")
         shown = drawn
         for path in sheets(self._folder)[-1:]:
             with Image.open(path) as sheet:
@@ -178,8 +169,9 @@ class Watch:
         columns = {**self._constant, **({f"step {step}": newest} if step > 0 else {})}
         sheet = contact_sheet(columns, self._prompts(len(newest[0]) // LINE_HEIGHT))
         path = self._folder / "samples" / f"step-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)  # where samples were turned on later
-        sheet.save(path)
+        with written_to(self._folder):
+            path.parent.mkdir(exist_ok=True)  # where samples were turned on later
+            sheet.save(path)
         return sheet
 
     @cached_property

@@ -299,6 +299,14 @@ def test_zeroconv_is_not_put_twice_into_a_name(run: Run, output: Path):
     assert (output / "zeroconv" / "earlier" / "control.safetensors").is_file()
 
 
+def test_a_run_whose_options_were_half_written_goes_on(run: Run, output: Path):
+    run(steps=1, sample_every=0)
+    (output / "mine" / "options.json").write_text('{"steps": ', encoding="utf-8")  # as a full disk may leave it
+    run(steps=2, sample_every=0)
+    assert len(losses(output / "mine")) == 2
+    assert json.loads((output / "mine" / "options.json").read_text(encoding="utf-8"))["steps"] == 2
+
+
 def test_a_finished_run_is_given_as_it_is_and_goes_on_with_more_steps(
     run: Run, model: Any, dataset: Dataset, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from zeroconv.controlnet_core.data import manifest, writer
 from zeroconv.controlnet_core.data.caching import make
+from zeroconv.controlnet_core.data.captions import PromptError
 from zeroconv.controlnet_core.data.dataset import Dataset, DatasetError
 from zeroconv.controlnet_core.data.pictures import PictureError
 from zeroconv.controlnet_core.data.sources import Item
@@ -330,6 +331,27 @@ def test_a_picture_of_which_the_vae_makes_no_numbers_is_told(tmp_path: Path):
     *_, last = make(tmp_path, given, encode, encoders.encode_prompt, None, SMALL)
     assert [str(skipped) for skipped in last.skipped] == ["1.png: the VAE made numbers of it that are not finite"]
     assert_holds(tmp_path, [given[0], *given[2:]])
+
+
+def test_a_caption_that_the_text_encoder_does_not_take_is_told_and_costs_its_pictures_alone(tmp_path: Path):
+    class Strict(Encoders):
+        def encode_prompt(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if "dragon" in prompt:
+                raise PromptError("there is no such word")
+            return super().encode_prompt(prompt)
+
+    strict, given = Strict(), items(4)
+    given[1] = replace(given[1], prompt="a dragon " * 20)
+    *_, last = make(tmp_path, given, strict.encode_pictures, strict.encode_prompt, None, SMALL)
+    assert [str(each) for each in last.skipped] == [
+        f"1.png: its caption {('a dragon ' * 20)[:40] + '...'!r} cannot be used: there is no such word"
+    ]
+    assert last.done == 3 and last.step == last.steps
+    assert sorted(Dataset.open(tmp_path).names) == ["0.png", "2.png", "3.png"]
+    with pytest.raises(DatasetError, match="none of 1 items could be used: 1.png: its caption 'a dragon"):
+        cache(tmp_path / "none", given[1:2], strict)
+    with pytest.raises(PromptError, match="there is no such word"):  # of the user's own prompts none is left out
+        list(make(tmp_path, given, strict.encode_pictures, strict.encode_prompt, None, SMALL, ["a dragon"]))
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path):

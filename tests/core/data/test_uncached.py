@@ -58,6 +58,7 @@ def test_what_cannot_be_used_is_left_out_by_name(tmp_path: Path, caplog: pytest.
         *items(2),
         replace(items(1)[0], name="bare.png", hint=None),
         replace(items(1)[0], name="no.png", picture=tmp_path / "no.png"),
+        replace(items(1)[0], name="flat.png", hint=array(1, 16, 64)),
     ]
     encoders = Encoders()
     found = Uncached.of(tmp_path, given, encoders.encode_pictures, encoders.encode_prompt, SMALL)
@@ -65,7 +66,8 @@ def test_what_cannot_be_used_is_left_out_by_name(tmp_path: Path, caplog: pytest.
     assert (
         "left out: bare.png: it has no hint" in caplog.text and "left out: no.png: no.png cannot be read" in caplog.text
     )
-    with pytest.raises(DatasetError, match="none of 2 pictures can be used: each needs a hint beside it"):
+    assert "left out: flat.png: its hint is 64x16, the picture" in caplog.text
+    with pytest.raises(DatasetError, match="none of 3 pictures can be used: each needs a hint beside it"):
         Uncached.of(tmp_path, given[2:], encoders.encode_pictures, encoders.encode_prompt, SMALL)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from zeroconv.controlnet_core.files import writing
+from zeroconv.controlnet_core.files import saving, writing
 from zeroconv.controlnet_core.files.writing import replacing, sweep
 
 
@@ -108,3 +109,10 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path):
     assert left in names(tmp_path)
     sweep(tmp_path, "shard-*")
     assert names(tmp_path) == keep
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such modes")
+def test_others_may_read_a_weights_file_as_they_may_any_new_file(tmp_path: Path):
+    (tmp_path / "any").touch()
+    saving.write(tmp_path / "weights.safetensors", {"x": torch.zeros(2)})
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -321,6 +321,22 @@ def test_where_memory_does_not_suffice_for_the_vae_small_colours_are_shown(
     assert sheets[0].read_bytes() == sheets[1].read_bytes()
 
 
+@pytest.mark.parametrize("part", ["samples", "plot.png", "options.json"])
+def test_a_picture_that_cannot_be_written_is_one_sentence_and_keeps_the_steps(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, part: str
+):
+    file = str(write_config(tmp_path, folder / "data", steps=4, sample_every=2, save_every=4))
+    assert command.main([file, "--steps", "1"]) == 0
+    there = tmp_path / "run" / part
+    is_folder = there.is_dir()
+    there.rename(tmp_path / "away")
+    there.write_text("in the way") if is_folder else there.mkdir()
+    assert command.main([file]) == 1
+    said = capsys.readouterr().err
+    assert "the log in" in said and "cannot be written" in said and "Make room there" in said
+    assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step-00000002.safetensors"
+
+
 def test_no_file_and_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert command.main([]) == 1
     assert "no file was given: --defaults prints one to begin with" in capsys.readouterr().err

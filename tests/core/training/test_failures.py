@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from zeroconv.controlnet_core.data.dataset import Batch, Dataset
+from zeroconv.controlnet_core.data.manifest import DatasetError
 from zeroconv.controlnet_core.files import saving
 from zeroconv.controlnet_core.files.saving import SaveError
-from zeroconv.controlnet_core.training import checkpoint, objective
+from zeroconv.controlnet_core.training import checkpoint, objective, step
 from zeroconv.controlnet_core.training.controlled_unet import ControlledUNet
 from zeroconv.controlnet_core.training.loop import TrainingStopped
 from zeroconv.controlnet_core.training.memory import advice
 from zeroconv.controlnet_core.training.options import OptionsError
 
-from .tiny import dataset, fit, quick, training
+from .tiny import dataset, fit, losses, quick, training
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,32 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
     assert not (tmp_path / "control.safetensors").exists()
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_checkpoint_that_would_end_in_the_same_way_is_set_aside(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+):
+    pass_loss, options = step.pass_loss, quick(steps=4, save_every=every, accumulation=1)
+
+    def ends(number: int) -> str:
+        with monkeypatch.context() as patched:
+            patched.setattr(step, "pass_loss", at_call(pass_loss, number, lambda *each: pass_loss(*each) / 0))
+            with pytest.raises(TrainingStopped) as stopped:
+                fit(replace(options, steps=9), data, tmp_path)
+        return str(stopped.value)
+
+    said = ends(3)
+    assert said.endswith(" step-00000002.safetensors, after which that came, is set aside as "
+                         "step-00000002.safetensors.not-finite.")  # fmt: skip
+    assert ("step-00000001.safetensors is kept" if every == 1 else "training begins anew") in said
+    left = sorted(path.name for path in (tmp_path / "controls").iterdir() if path.is_file())
+    assert left == ["step-00000001.safetensors"] * (every == 1) + ["step-00000002.safetensors.not-finite"]
+    assert fit(options, data, tmp_path)[-1].step == 4
+    said = ends(1)  # of a run before, with which another precision may be the reason
+    assert "step-00000004.safetensors is kept" in said
+    assert said.endswith(" Where that does not help, delete step-00000004.safetensors: training then goes on from the "
+                         "one before.")  # fmt: skip
+
+
 def test_a_gradient_that_is_no_number_stops(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Explodes(torch.autograd.Function):
         @staticmethod
@@ -97,6 +124,20 @@ def test_a_gradient_that_is_no_number_stops(data: Dataset, tmp_path: Path, monke
         TrainingStopped, match=r"the loss of step 1 is \d.*, its gradient nan.*No checkpoint was written"
     ):
         fit(quick(), data, tmp_path)
+
+
+# -- data that is gone ------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_is_gone_loses_no_step(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    straight = losses(fit(quick(sample_every=0), data, tmp_path / "straight"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Dataset, "read", at_call(Dataset.read, 4, raising(DatasetError("c.png is gone"))))
+        with pytest.raises(DatasetError, match="c.png is gone"):
+            fit(quick(sample_every=0, save_every=100), data, tmp_path / "run")
+    kept = newest(tmp_path / "run").step
+    assert kept == 3
+    assert losses(fit(quick(sample_every=0), data, tmp_path / "run")) == straight[kept:]
 
 
 # -- no room ----------------------------------------------------------------------------------------------------------

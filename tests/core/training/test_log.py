@@ -354,6 +354,25 @@ def test_trackers_are_told_and_one_that_fails_ends_nothing(tmp_path: Path, caplo
 
 
 @pytest.mark.usefixtures("accelerate")
+def test_a_run_that_goes_on_is_the_same_to_a_tracker_that_can_be_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = []
+
+    class Wandb(Tracker):
+        def __init__(self, project: str, **settings: str):
+            super().__init__(project)
+            told.append(settings)
+
+    monkeypatch.setitem(sys.modules["accelerate.tracking"].LOGGER_TYPE_TO_CLASS, "wandb", Wandb)
+    for step in (0, 2, 2, 0):  # a run that is begun, gone on with twice, and begun anew in the same folder
+        Log.open(tmp_path, step, trackers=["wandb", "mine"]).close()
+    first, second, third, anew = (settings["id"] for settings in told)
+    assert first == second == third != anew
+    assert {settings["resume"] for settings in told} == {"allow"}
+
+
+@pytest.mark.usefixtures("accelerate")
 def test_a_tracker_that_cannot_be_had_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(LogError, match="there is no tracker 'none': choose of mine, far; TensorBoard needs no mention"):
         Log.open(tmp_path, trackers=["none"])
