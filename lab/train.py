@@ -79,7 +79,7 @@ def _difference(y: Tensor, x: Tensor) -> Tensor:
     return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + across + down
 
 
-def train_decoder(work: Path, steps: int = 6000) -> None:
+def train_decoder(work: Path, steps: int = 3000) -> None:
     """The decoder further, the latents staying as they are: sharper pictures for a base that was trained already."""
     place = device()
     (images,) = _load(work, "image")

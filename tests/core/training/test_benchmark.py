@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,24 +14,37 @@ import torch
 
 from zeroconv.benchmarks import training
 from zeroconv.benchmarks.training import SIDES, Round, Setting
+from zeroconv.controlnet_core.networks.unet import SD15, SDXL, UNet
 from zeroconv.devtools import DevError
 
 ROOT = Path(__file__).resolve().parents[3]
-SMALLEST = Setting(device="cpu", width=32, encoders=32, batch=2, resolution=64, precision="bf16")
+SMALLEST = Setting(device="cpu", model="SD1.5", width=32, encoders=32, batch=2, resolution=64, precision="bf16")
+SETTINGS = {"SD1.5": SMALLEST, "SDXL": replace(SMALLEST, model="SDXL", width=64, encoders=64)}
 
 
 def test_published_sizes_are_those_of_sd15():
     published = replace(SMALLEST, width=320, encoders=320)
-    assert published.context_dim == 768
+    assert published.config == SD15
     assert [published.encoder_width(width, 32) for width in (128, 256, 512, 512)] == [128, 256, 512, 512]
     reduced = replace(SMALLEST, encoders=64)
-    assert (reduced.context_dim, reduced.encoder_width(128, 32)) == (128, 32)
+    assert (reduced.config.context_dim, reduced.encoder_width(128, 32)) == (128, 32)
+    assert replace(published, model="SDXL").config == SDXL
 
 
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_both_sides_train_one_network(setting: Setting):
+    unets = import_module("diffusers.models.unets.unet_2d_condition")
+    with torch.device("meta"):
+        ours, theirs = UNet(setting.config), unets.UNet2DConditionModel(**training._layout(setting))
+    sizes = [sorted(p.numel() for p in network.parameters()) for network in (ours, theirs)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("side", SIDES)
-def test_each_side_takes_steps(side: str, tmp_path: Path):
-    training.write_dataset(tmp_path, SMALLEST, count=4)
-    steps = SIDES[side](replace(SMALLEST, checkpointing=True), tmp_path)
+def test_each_side_takes_steps(side: str, setting: Setting, tmp_path: Path):
+    training.write_dataset(tmp_path, setting, count=4)
+    steps = SIDES[side](replace(setting, checkpointing=True), tmp_path)
     first, second = next(steps), next(steps)
     losses = [getattr(step, "loss", step) for step in (first, second)]
     assert all(isinstance(loss, float) and 0.1 < loss < 10 for loss in losses)
