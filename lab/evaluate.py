@@ -69,10 +69,10 @@ class Bound:
 BOUNDS = (
     Bound("renders", "figure", ">=", 0.95),
     Bound("renders", "solids", ">=", 0.95),
-    Bound("depth", "mean", ">=", 0.80),
-    Bound("pose", "figure", ">=", 0.75),
-    Bound("depth+pose", "mean", ">=", 0.80),
-    Bound("depth+pose", "figure", ">=", 0.75),
+    Bound("depth", "mean", ">=", 0.90),
+    Bound("pose", "figure", ">=", 0.86),
+    Bound("depth+pose", "mean", ">=", 0.90),
+    Bound("depth+pose", "figure", ">=", 0.92),
     Bound("none", "mean", "<=", 0.40),
     Bound("other", "mean", "<=", 0.40),
 )

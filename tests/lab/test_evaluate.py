@@ -218,8 +218,8 @@ def test_table_and_verdicts_say_what_is_reached():
     rows = {"renders": good, "depth": good, "pose": Scores(0.74, 0.5, 2.0), "none": Scores(0.3, 0.5, 2.0)}
     assert [reached for reached, _ in verdicts(rows)] == [True, True, True, False, True]
     assert [line for _, line in verdicts(rows)][2:4] == [
-        "depth, mean: 0.965 >= 0.80  reached",
-        "pose, figure: 0.740 >= 0.75  MISSED",
+        "depth, mean: 0.965 >= 0.90  reached",
+        "pose, figure: 0.740 >= 0.86  MISSED",
     ]
     assert verdicts({"none": Scores(0.3, 0.51, 2.0)}) == [(False, "none, mean: 0.405 <= 0.40  MISSED")]
     assert verdicts({"depth": Scores(float("nan"), 0.9, 1.0)})[0][0] is False
