@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -159,12 +159,13 @@ def train(
     del base, begin, saved
     report = Reports(state, options, held_out, controlled, tuple(notes))
     writer = Writer(folder, controlled, dataset, options, facts, process)
-    ahead = Ahead(passes, options.steps * options.accumulation)
-    steps = Steps(network, state, ahead, alphas, options, process, CudaGraphs() if options.graphs else None)
+    # A CPU has no core to spare: a second thread that computes makes torch's own rest between any two operations.
+    ahead = None if device.type == "cpu" else Ahead(passes, options.steps * options.accumulation)
+    steps = Steps(network, state, ahead or passes, alphas, options, process, CudaGraphs() if options.graphs else None)
     if state.step < options.steps and process.rank == 0:
         log.info("%s", plan(folder, state, controlled, options))
 
-    with closing(ahead), closing(writer), _failures(report, writer, process):
+    with closing(ahead) if ahead else nullcontext(), closing(writer), _failures(report, writer, process):
         if state.step == 0:
             started = time.monotonic()
             yield report()

@@ -16,7 +16,7 @@ from ..data.dataset import in_unit, to_device
 from ..diffusion import add_noise
 from . import objective, optimizer
 from .distributed import Process
-from .inputs import Ahead, Inputs
+from .inputs import Ahead, Inputs, Passes
 from .options import TrainingOptions
 from .state import TrainingState
 
@@ -108,7 +108,7 @@ class Steps:
         self,
         network: nn.Module,
         state: TrainingState,
-        passes: Ahead,
+        passes: Passes | Ahead,
         alphas: Tensor,
         options: TrainingOptions,
         process: Process,

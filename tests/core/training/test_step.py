@@ -307,6 +307,20 @@ def test_the_next_pass_is_read_while_this_one_is_trained_on(data: Dataset, monke
     assert read == [(0, False), (1, False), (2, False)]  # each once, none by the one who trains, none beyond the last
 
 
+def test_on_a_cpu_no_other_thread_computes(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import threading
+
+    threads, own = set(), Passes.__getitem__
+
+    def watched(self: Passes, k: int) -> Any:
+        threads.add(threading.current_thread())
+        return own(self, k)
+
+    monkeypatch.setattr(Passes, "__getitem__", watched)
+    fit(quick(steps=2), data, tmp_path)
+    assert threads == {threading.main_thread()}
+
+
 def test_what_cannot_be_read_is_said_by_the_pass_that_needs_it(data: Dataset, monkeypatch: pytest.MonkeyPatch):
     own = Passes.__getitem__
 
