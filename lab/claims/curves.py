@@ -39,7 +39,8 @@ def draw(
     if loss is not None:
         steps, values = loss
         behind = axes.twinx()
-        smooth = np.convolve(values, np.ones(20) / 20, "valid")
+        near = min(20, len(values))
+        smooth = np.convolve(values, np.ones(near) / near, "valid")
         behind.plot(steps, values, color="#bbbbbb", linewidth=0.6)
         behind.plot(steps[len(values) - len(smooth) :], smooth, color="#777777", linewidth=1.5)
         axes.plot([], [], color="#777777", label="loss (mean of 20 steps)")

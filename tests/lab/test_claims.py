@@ -242,21 +242,21 @@ def test_what_seeds_gave_is_told_with_its_spread():
 
 @needs_weights
 def test_trainings_from_all_seeds_stand_side_by_side(tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runs, "RUNS", {name: runs.RUNS[name] for name in ("zero", "lite")})
-    monkeypatch.setattr(ablation, "VARIANTS", ("zero", "lite"))
+    monkeypatch.setattr(runs, "SEEDS", (0, 1))
+    monkeypatch.setattr(ablation, "VARIANTS", ("zero",))
     monkeypatch.setattr(ablation, "SCENES", 2)
     monkeypatch.setattr(data_size, "SIZES", ("zero",))
     work = Work(tmp_path)
-    for name, seed in product(("zero", "lite"), runs.SEEDS):
-        runs.run(work, name, seed)
-    firsts = [runs.losses(work, "zero", seed)[1][0] for seed in runs.SEEDS]
-    assert len(set(firsts)) == 3
+    for seed in runs.SEEDS:
+        runs.run(work, "zero", seed)
+    first, second = (runs.losses(work, "zero", seed)[1] for seed in runs.SEEDS)
+    assert first != second
 
     found = {name: one.measure(work) for name, one in (("all", ablation), ("size", data_size), ("jump", convergence))}
     rows = found["all"].table.splitlines()
-    assert len(rows) == 2 + 3 * 3 and rows[2].count("(") == 0 and rows[5].count(" to ") == 4
+    assert len(rows) == 2 + 3 * 2 and rows[2].count("(") == 0 and rows[5].count(" to ") == 4
     assert set(found["all"].pictures) == {"ablation", "ablation_curves"}
-    assert "| none, none, none |" in found["size"].table
+    assert "| none, none |" in found["size"].table
     scores = [runs.curve(work, "zero", seed)[1][2] for seed in runs.SEEDS]
     assert f"| 2 | {' | '.join(f'{score:.3f}' for score in scores)} |" in found["jump"].table
 
