@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
