@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     add = command("claims", _claims).add_argument
     add("names", nargs="*", metavar="name", help=f"of {', '.join(claim.name for claim in CLAIMS)}; none: all")
     add("--work", type=Path, default=WORK, help="folder for all that is made (default: %(default)s)")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        choices=runs.SEEDS,
+        default=runs.SEEDS,
+        help="train from these alone: processes can share the work",
+    )
     add("--list", action="store_true", help="only say what is finished")
     add("--again", action="store_true", help="measure again what was measured; trainings are kept")
     add("--publish", action="store_true", help="put tables and pictures of what is finished into lab/README.md")
@@ -144,12 +153,14 @@ def _claims(chosen: argparse.Namespace) -> int:
     wanted = [claim for claim in CLAIMS if claim.name in (chosen.names or known)]
     for claim in () if chosen.list or chosen.publish else wanted:
         if chosen.again or claims.kept(work, claim) is None:
-            for name in claim.trainings:
-                runs.run(work, name)
-            claims.keep(work, claim, claim.measure(work))
+            for name, seed in product(claim.trainings, chosen.seeds):
+                runs.run(work, name, seed)
+            if all(runs.finished(work, *training) for training in product(claim.trainings, runs.SEEDS)):
+                claims.keep(work, claim, claim.measure(work))
     found = {claim.name: claims.kept(work, claim) for claim in wanted}
     for claim in wanted:
-        left = [name for name in claim.trainings if not runs.finished(work, name)]
+        trainings = product(claim.trainings, runs.SEEDS)
+        left = [f"{name} (seed {seed})" for name, seed in trainings if not runs.finished(work, name, seed)]
         state = "measured" if found[claim.name] else f"left to train: {', '.join(left)}" if left else "left to measure"
         print(f"\n{claim.name}: {state}\nthe paper: {claim.says}")
         if (kept := found[claim.name]) and not chosen.list:

@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from ..evaluate import HeldOut, held_out
+from ..pipeline import LabModel
 from ..sheet import contact_sheet
 from ..vocabulary import INSUFFICIENT_PROMPT
 from . import runs
-from .claim import Findings, Work, table
+from .claim import Findings, Work, spread, table
 from .curves import draw
 from .sampling import Sampled, sample
 
@@ -26,27 +28,28 @@ SHOWN = 2
 
 
 def measure(work: Work) -> Findings:
-    """The three trainings under the four prompts, against no control at all."""
+    """The three kinds of training under the four prompts, from every seed, against no control at all."""
     model, segmenter = runs.parts()
     scenes = held_out(SCENES)
-    rows, found = [], {}
-    for name in ("no control", *VARIANTS):
-        own = name in VARIANTS
-        with_control = replace(model, controls={runs.HINT: runs.control(work, name)} if own else {})
-        hints = {runs.HINT: scenes.hints[runs.HINT]} if own else {}
-        for prompt, prompts in prompts_of(scenes).items():
-            found[name, prompt] = sample(with_control, segmenter, scenes, prompts, hints)
-        sampled = [found[name, prompt] for prompt in prompts_of(scenes)]
-        title = runs.RUNS[name].title if own else name
-        rows += [
-            [f"{title}: {part}", *(getattr(each, part) for each in sampled)] for part in ("figure", "solids", "mean")
-        ]
-    curves = {runs.RUNS[name].title: runs.curve(work, name) for name in VARIANTS}
-    marks = {runs.RUNS[name].title: runs.converged(work, name) for name in VARIANTS}
-    sheet = sheet_of(scenes, found)
-    return Findings(
-        table(["IoU", *prompts_of(scenes)], rows), {"ablation": sheet, "ablation_curves": draw(curves, marks)}
-    )
+    hint = {runs.HINT: scenes.hints[runs.HINT]}
+    prompts = prompts_of(scenes)
+
+    def under_all(chosen: LabModel, hints: dict[str, Tensor]) -> dict[str, Sampled]:
+        return {name: sample(chosen, segmenter, scenes, own, hints) for name, own in prompts.items()}
+
+    found = {"no control": [under_all(replace(model, controls={}), {})]}
+    for name in VARIANTS:
+        controls = [{runs.HINT: runs.control(work, name, seed)} for seed in runs.SEEDS]
+        found[runs.RUNS[name].title] = [under_all(replace(model, controls=each), hint) for each in controls]
+    rows = [
+        [f"{title}: {part}", *(spread([getattr(each[prompt], part) for each in sampled]) for prompt in prompts)]
+        for title, sampled in found.items()
+        for part in ("figure", "solids", "mean")
+    ]
+    curves = {runs.RUNS[name].title: [runs.curve(work, name, seed) for seed in runs.SEEDS] for name in VARIANTS}
+    marks = {runs.RUNS[name].title: [runs.converged(work, name, seed) for seed in runs.SEEDS] for name in VARIANTS}
+    sheet = sheet_of(scenes, {title: sampled[0] for title, sampled in found.items() if title in curves})
+    return Findings(table(["IoU", *prompts], rows), {"ablation": sheet, "ablation_curves": draw(curves, marks)})
 
 
 def prompts_of(scenes: HeldOut) -> dict[str, list[str]]:
@@ -60,15 +63,15 @@ def prompts_of(scenes: HeldOut) -> dict[str, list[str]]:
     }
 
 
-def sheet_of(scenes: HeldOut, found: Mapping[tuple[str, str], Sampled]) -> Image:
+def sheet_of(scenes: HeldOut, found: Mapping[str, Mapping[str, Sampled]]) -> Image:
     """As figure 8 of the paper: a row for each variant, a column for each prompt; the first SHOWN scenes in turn."""
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     names = []
     for scene in range(SHOWN):
-        for variant in VARIANTS:
-            names.append(runs.RUNS[variant].title)
+        for title, sampled in found.items():
+            names.append(title)
             own = {"hint": scenes.hints[runs.HINT], "render": scenes.images}
-            own |= {prompt: sampled.pictures for (name, prompt), sampled in found.items() if name == variant}
+            own |= {prompt: each.pictures for prompt, each in sampled.items()}
             for label, pictures in own.items():
                 columns[label].append(pictures[scene].permute(1, 2, 0).numpy())
     return contact_sheet({label: np.stack(pictures) for label, pictures in columns.items()}, names)

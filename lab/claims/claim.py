@@ -49,7 +49,7 @@ class Findings:
 class Claim:
     """A claim: its `name` on the command line, what the paper `says`, the trainings it needs, and how it is measured.
 
-    `trainings` are names in `runs.RUNS`; `measure` is called once all of them are finished.
+    `trainings` are names in `runs.RUNS`; `measure` is called once all of them are finished, from every seed.
     """
 
     name: str
@@ -68,6 +68,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | float | None]], dig
 
     lines = [list(head), ["---"] + ["---:"] * (len(head) - 1), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The mean of what the seeds gave, and the least and the greatest of several: "0.78 (0.76 to 0.80)"."""
+    low, mean, high = (f"{value:.{digits}f}" for value in (min(values), sum(values) / len(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 # -- findings on disk -------------------------------------------------------------------------------------------------

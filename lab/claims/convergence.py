@@ -11,31 +11,37 @@ from .curves import draw
 from .sampling import shown
 
 SHOWN = 4
+SEED = runs.SEEDS[0]
+"""The training whose pictures and losses are shown."""
 
 
 def measure(work: Work) -> Findings:
-    """Fidelity against steps of the training with zero convolutions, the detector's mark, and samples around it."""
-    steps, scores = runs.curve(work, "zero")
-    mark = runs.converged(work, "zero")
-    title = runs.RUNS["zero"].title
-    losses = runs.losses(work, "zero")
-    plot = draw({title: (steps, scores)}, {title: mark}, losses)
-    chosen = around(steps, mark)
+    """Fidelity against steps of the trainings with zero convolutions, the detector's marks, and samples around one."""
+    curves = [runs.curve(work, "zero", seed) for seed in runs.SEEDS]
+    marks = [runs.converged(work, "zero", seed) for seed in runs.SEEDS]
+    title, losses = runs.RUNS["zero"].title, runs.losses(work, "zero", SEED)
+    plot = draw({title: curves}, {title: marks}, losses)
+    steps = curves[SEED][0]
+    chosen = around(steps, marks[SEED])
+    told = {step for mark in marks for step in around(steps, mark)}
     rows = [
-        [f"{step}{' (converged)' if step == mark else ''}", score, mean_loss(*losses, step)]
-        for step, score in zip(steps, scores, strict=True)
-        if step in chosen or step % 100 == 0
+        [
+            str(step),
+            *(f"{scores[at]:.3f}{' (converged)' if step == mark else ''}" for (_, scores), mark in zip(curves, marks)),
+            mean_loss(*losses, step),
+        ]
+        for at, step in enumerate(steps)
+        if step in told or step % 100 == 0
     ]
     scenes = runs.watched()
     columns = {"hint": shown(scenes.hints[runs.HINT], SHOWN), "render": shown(scenes.images, SHOWN)}
     for step in chosen:
-        pictures = runs.samples(work, "zero", step)
+        pictures = runs.samples(work, "zero", SEED, step)
         if pictures is not None:
             columns[f"step {step}"] = pictures[:SHOWN]
     sheet = contact_sheet(columns)
-    return Findings(
-        table(["step", "fidelity", "mean loss around it"], rows, 3), {"convergence": plot, "convergence_samples": sheet}
-    )
+    head = ["step", *(f"fidelity, seed {seed}" for seed in runs.SEEDS), f"mean loss around it, seed {SEED}"]
+    return Findings(table(head, rows, 3), {"convergence": plot, "convergence_samples": sheet})
 
 
 def mean_loss(steps: Sequence[int], losses: Sequence[float], step: int, reach: int = 25) -> float:

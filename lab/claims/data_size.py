@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import runs
-from .claim import Findings, Work, table
+from .claim import Findings, Work, spread, table
 from .curves import draw
 
 SIZES = ("100", "1000", "10000", "zero")
@@ -13,15 +13,16 @@ LAST = 4
 
 def measure(work: Work) -> Findings:
     """Fidelity after the same number of steps, and where it jumped, by the number of pictures."""
-    curves = {name: runs.curve(work, name) for name in SIZES}
+    curves = {name: [runs.curve(work, name, seed) for seed in runs.SEEDS] for name in SIZES}
     titles = {name: f"{runs.RUNS[name].pictures:,} pictures" for name in SIZES}
-    marks = {name: runs.converged(work, name) for name in SIZES}
+    marks = {name: [runs.converged(work, name, seed) for seed in runs.SEEDS] for name in SIZES}
     rows = []
-    for name, (steps, scores) in curves.items():
-        passes = steps[-1] * runs.OPTIONS.batch_size / runs.RUNS[name].pictures
-        last = scores[-LAST:]
-        mark = "none" if marks[name] is None else str(marks[name])
-        rows.append([titles[name], f"{passes:.3g}", mark, max(scores), sum(last) / len(last)])
+    for name, lines in curves.items():
+        passes = lines[0][0][-1] * runs.OPTIONS.batch_size / runs.RUNS[name].pictures
+        jumps = ", ".join("none" if mark is None else str(mark) for mark in marks[name])
+        best = [max(scores) for _, scores in lines]
+        last = [sum(scores[-LAST:]) / LAST for _, scores in lines]
+        rows.append([titles[name], f"{passes:.3g}", jumps, spread(best, 3), spread(last, 3)])
     head = ["trained on", "passes over them", "converged at step", "best", f"mean of the last {LAST}"]
     plot = draw({titles[n]: curves[n] for n in SIZES}, {titles[n]: marks[n] for n in SIZES})
     return Findings(table(head, rows, 3), {"data_size": plot})

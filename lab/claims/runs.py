@@ -48,6 +48,9 @@ WATCHED = 16
 TELL_EVERY = 10.0
 """Seconds between lines of the log."""
 
+SEEDS = (0, 1, 2)
+"""Each training is run from each: order of the data, noise, timesteps and the first weights of the hint encoder."""
+
 OPTIONS = TrainingOptions(
     steps=400,
     batch_size=24,
@@ -56,7 +59,7 @@ OPTIONS = TrainingOptions(
     warmup=50,
     timesteps="cubic",
     precision="bf16",
-    seed=0,
+    recompute="off",
     save_every=100,
     sample_every=20,
     held_out=WATCHED,
@@ -180,18 +183,23 @@ def score(samples: Tensor, _: Batch) -> float:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def finished(work: Work, name: str) -> bool:
+def folder_of(work: Work, name: str, seed: int) -> Path:
+    """Where the training of a name and a seed lies."""
+    return work.path("runs", f"{name}-{seed}")
+
+
+def finished(work: Work, name: str, seed: int) -> bool:
     """Whether a training has come to its end."""
-    return work.path("runs", name, "control.safetensors").exists()
+    return (folder_of(work, name, seed) / "control.safetensors").exists()
 
 
-def run(work: Work, name: str) -> None:
+def run(work: Work, name: str, seed: int) -> None:
     """Train one of RUNS to its end, from where it was left."""
-    if finished(work, name):
+    if finished(work, name, seed):
         return
-    chosen, folder = RUNS[name], work.path("runs", name)
+    chosen, folder = RUNS[name], folder_of(work, name, seed)
     data = replace(dataset(work), pictures=chosen.pictures)
-    options = replace(OPTIONS, **chosen.options)
+    options = replace(OPTIONS, seed=seed, **chosen.options)
     model = parts()[0]
     steps = train(options, model.unet.state_dict(), UNET, alphas_cumprod(), data, folder, score)
     with closing(steps) as training:  # type: ignore[type-var]
@@ -204,10 +212,10 @@ def run(work: Work, name: str) -> None:
             book.add(progress, sheet)
             if sheet is not None:
                 save_samples(folder, progress.step, sheet)
-                log.info("%s step %d: fidelity %.3f", name, progress.step, progress.fidelity)
+                log.info("%s step %d: fidelity %.3f", folder.name, progress.step, progress.fidelity)
             elif time.monotonic() > told + TELL_EVERY:
                 told = time.monotonic()
-                log.info("%s step %d: loss %.4f", name, progress.step, progress.loss)
+                log.info("%s step %d: loss %.4f", folder.name, progress.step, progress.loss)
 
 
 def in_a_row(pictures: Tensor) -> np.ndarray:
@@ -224,39 +232,39 @@ def save_samples(folder: Path, step: int, sheet: np.ndarray) -> None:
     Image.fromarray(sheet).save(path)
 
 
-def samples(work: Work, name: str, step: int) -> np.ndarray | None:
+def samples(work: Work, name: str, seed: int, step: int) -> np.ndarray | None:
     """The pictures (B,H,W,3) in [0,1] of the watched scenes at a step of a training, None where none were kept."""
     from PIL import Image
 
-    path = work.path("runs", name, "samples", f"step-{step:08d}.png")
+    path = folder_of(work, name, seed) / "samples" / f"step-{step:08d}.png"
     if not path.exists():
         return None
     return rearrange(np.asarray(Image.open(path), dtype=np.float32) / 255, "h (b w) c -> b h w c", b=WATCHED)
 
 
-def control(work: Work, name: str) -> ControlNet | ControlNetLite:
+def control(work: Work, name: str, seed: int) -> ControlNet | ControlNetLite:
     """The control of a finished training, in fp32 and ready for inference."""
-    path = work.path("runs", name, "control.safetensors")
+    path = folder_of(work, name, seed) / "control.safetensors"
     network = load_control(*read_weights(path), name=path.name).control
     assert isinstance(network, ControlNet | ControlNetLite)
     return network.eval().requires_grad_(False).to(parts()[0].place)
 
 
-def curve(work: Work, name: str) -> tuple[list[int], list[float]]:
+def curve(work: Work, name: str, seed: int) -> tuple[list[int], list[float]]:
     """Steps and fidelity of a training; they are in its checkpoint, as whole as it."""
-    saved = newest(work.path("runs", name, "checkpoints"))
+    saved = newest(folder_of(work, name, seed) / "checkpoints")
     assert saved is not None, f"{name} has no checkpoint"
     steps, scores = zip(*saved.facts["measured"])
     return list(steps), list(scores)
 
 
-def losses(work: Work, name: str) -> tuple[list[int], list[float]]:
+def losses(work: Work, name: str, seed: int) -> tuple[list[int], list[float]]:
     """Steps and losses of a training."""
-    with work.path("runs", name, "losses.csv").open(newline="", encoding="utf-8") as file:
+    with (folder_of(work, name, seed) / "losses.csv").open(newline="", encoding="utf-8") as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]]
     return [step for step, _ in rows], [loss for _, loss in rows]
 
 
-def converged(work: Work, name: str) -> int | None:
+def converged(work: Work, name: str, seed: int) -> int | None:
     """The step at which a training began to follow its hints, None where it did not suddenly."""
-    return sudden_convergence(*curve(work, name))
+    return sudden_convergence(*curve(work, name, seed))

@@ -17,8 +17,8 @@ from zeroconv.controlnet_core.networks.lite import ControlNetLite
 from zeroconv.controlnet_core.networks.residuals import Residuals
 from zeroconv.lab import commands, dataset
 from zeroconv.lab.autoencoder import Autoencoder
+from zeroconv.lab.claims import ablation, composition, convergence, cost, data_size, guidance, runs, transfer
 from zeroconv.lab.claims import claim as claims
-from zeroconv.lab.claims import composition, convergence, cost, guidance, runs, transfer
 from zeroconv.lab.claims.catalogue import CLAIMS
 from zeroconv.lab.claims.claim import Claim, Findings, Work, published, table
 from zeroconv.lab.dataset import HELD_OUT
@@ -56,24 +56,24 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_runs_differ_in_what_they_say_and_are_measured_on_the_held_out_scenes(tmp_path: Path, few: None):
     work = Work(tmp_path)
     for name in ("gaussian", "lite"):
-        assert not runs.finished(work, name)
-        runs.run(work, name)
-        assert runs.finished(work, name)
-        steps, scores = runs.curve(work, name)
+        assert not runs.finished(work, name, 1)
+        runs.run(work, name, 1)
+        assert runs.finished(work, name, 1)
+        steps, scores = runs.curve(work, name, 1)
         assert steps == [0, 1, 2] and all(0 <= score <= 1 for score in scores)
-        assert [step for step, _ in zip(*runs.losses(work, name), strict=True)] == [1, 2]
+        assert [step for step, _ in zip(*runs.losses(work, name, 1), strict=True)] == [1, 2]
         for step in steps:
-            found = runs.samples(work, name, step)
+            found = runs.samples(work, name, 1, step)
             assert found is not None and found.shape == (2, 128, 128, 3)
-    assert runs.samples(work, "gaussian", 7) is None
-    assert type(runs.control(work, "gaussian")) is ControlNet
-    assert type(runs.control(work, "lite")) is ControlNetLite
+    assert runs.samples(work, "gaussian", 1, 7) is None
+    assert type(runs.control(work, "gaussian", 1)) is ControlNet
+    assert type(runs.control(work, "lite", 1)) is ControlNetLite
     # At step 0 a Gaussian control disturbs the base, and ControlNet-lite's zero convolutions do not.
-    before = [runs.samples(work, name, 0) for name in ("gaussian", "lite")]
+    before = [runs.samples(work, name, 1, 0) for name in ("gaussian", "lite")]
     assert np.abs(before[0] - before[1]).mean() > 0.01
 
     written = {path: path.stat().st_mtime_ns for path in work.path("runs").rglob("*") if path.is_file()}
-    runs.run(work, "gaussian")  # finished: nothing happens
+    runs.run(work, "gaussian", 1)  # finished: nothing happens
     assert {path: path.stat().st_mtime_ns for path in work.path("runs").rglob("*") if path.is_file()} == written
 
 
@@ -234,6 +234,32 @@ def test_readme_has_a_place_for_every_claim():
     assert published(text, {claim.name: "x" for claim in CLAIMS}) != text
 
 
+def test_what_seeds_gave_is_told_with_its_spread():
+    assert claims.spread([0.5, 0.75, 0.7]) == "0.65 (0.50 to 0.75)"
+    assert claims.spread([0.5], 3) == "0.500"
+
+
+@needs_weights
+def test_trainings_from_all_seeds_stand_side_by_side(tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "SEEDS", (0, 1))
+    monkeypatch.setattr(ablation, "VARIANTS", ("zero",))
+    monkeypatch.setattr(ablation, "SCENES", 2)
+    monkeypatch.setattr(data_size, "SIZES", ("zero",))
+    work = Work(tmp_path)
+    for seed in runs.SEEDS:
+        runs.run(work, "zero", seed)
+    first, second = (runs.losses(work, "zero", seed)[1] for seed in runs.SEEDS)
+    assert first != second
+
+    found = {name: one.measure(work) for name, one in (("all", ablation), ("size", data_size), ("jump", convergence))}
+    rows = found["all"].table.splitlines()
+    assert len(rows) == 2 + 3 * 2 and rows[2].count("(") == 0 and rows[5].count(" to ") == 4
+    assert set(found["all"].pictures) == {"ablation", "ablation_curves"}
+    assert "| none, none |" in found["size"].table
+    scores = [runs.curve(work, "zero", seed)[1][2] for seed in runs.SEEDS]
+    assert f"| 2 | {' | '.join(f'{score:.3f}' for score in scores)} |" in found["jump"].table
+
+
 def test_table():
     assert table(["a", "b"], [["x", 0.126], ["y", None]]) == "| a | b |\n| --- | ---: |\n| x | 0.13 |\n| y | - |"
 
@@ -249,7 +275,9 @@ def test_command_measures_what_is_left_and_publishes_it(
         return Findings("| number |", {"noise": Image.fromarray(noise)})
 
     monkeypatch.setattr(commands, "CLAIMS", (Claim("one", "it is so", ("zero",), measure),))
-    monkeypatch.setattr(runs, "run", lambda work, name: calls.append(name))
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(runs, "run", lambda work, name, seed: done.append((name, seed)))
+    monkeypatch.setattr(runs, "finished", lambda work, name, seed: (name, seed) in done)
     readme = tmp_path / "README.md"
     readme.write_text("<!-- claim one -->\n<!-- end -->\n", encoding="utf-8")
     (tmp_path / "claims").mkdir()
@@ -257,14 +285,17 @@ def test_command_measures_what_is_left_and_publishes_it(
     place = ["--work", str(tmp_path)]
 
     assert commands.main(["claims", "--list", *place]) == 0
-    assert "one: left to train: zero\nthe paper: it is so" in capsys.readouterr().out and not calls
+    left = "one: left to train: zero (seed 0), zero (seed 1), zero (seed 2)\nthe paper: it is so"
+    assert left in capsys.readouterr().out and not done
+    assert commands.main(["claims", "--seeds", "2", *place]) == 0 and not calls
+    assert "one: left to train: zero (seed 0), zero (seed 1)\n" in capsys.readouterr().out
     assert commands.main(["claims", *place]) == 0
     assert commands.main(["claims", "one", *place]) == 0
-    assert calls == ["zero", "measure"]
+    assert done == [("zero", 2), *(("zero", seed) for seed in (0, 1, 2))] and calls == ["measure"]
     printed = capsys.readouterr().out
     assert "| number |" in printed and str(tmp_path / "claims" / "findings" / "noise.jpg") in printed
-    assert commands.main(["claims", "--again", *place]) == 0 and len(calls) == 4
-    assert commands.main(["claims", "--publish", *place]) == 0 and len(calls) == 4
+    assert commands.main(["claims", "--again", *place]) == 0 and len(calls) == 2
+    assert commands.main(["claims", "--publish", *place]) == 0 and len(calls) == 2
     assert readme.read_text(encoding="utf-8") == "<!-- claim one -->\n| number |\n<!-- end -->\n"
     assert 0 < (tmp_path / "claims" / "noise.jpg").stat().st_size <= claims.LARGEST
     assert commands.main(["claims", "two", *place]) == 1
