@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -151,9 +151,10 @@ def _claims(chosen: argparse.Namespace) -> int:
         raise CommandError(f"there is no claim {unknown[0]!r}; the claims are: {', '.join(known)}")
     work = claims.Work(chosen.work)
     wanted = [claim for claim in CLAIMS if claim.name in (chosen.names or known)]
+    seeds: Sequence[int] = chosen.seeds
     for claim in () if chosen.list or chosen.publish else wanted:
         if chosen.again or claims.kept(work, claim) is None:
-            for name, seed in product(claim.trainings, chosen.seeds):
+            for name, seed in product(claim.trainings, seeds):
                 runs.run(work, name, seed)
             if all(runs.finished(work, *training) for training in product(claim.trainings, runs.SEEDS)):
                 claims.keep(work, claim, claim.measure(work))
