@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from zeroconv.benchmarks import training
-from zeroconv.benchmarks.training import SIDES, Round, Setting
+from zeroconv.benchmarks._training_sides import SIDES, Setting, layout, write_dataset
+from zeroconv.benchmarks.training import Round
 from zeroconv.controlnet_core.networks.unet import SD15, SDXL, UNet
 from zeroconv.devtools import DevError
 
@@ -35,7 +36,7 @@ def test_published_sizes_are_those_of_sd15():
 def test_both_sides_train_one_network(setting: Setting):
     unets = import_module("diffusers.models.unets.unet_2d_condition")
     with torch.device("meta"):
-        ours, theirs = UNet(setting.config), unets.UNet2DConditionModel(**training._layout(setting))
+        ours, theirs = UNet(setting.config), unets.UNet2DConditionModel(**layout(setting))
     sizes = [sorted(p.numel() for p in network.parameters()) for network in (ours, theirs)]
     assert sizes[0] == sizes[1]
 
@@ -43,7 +44,7 @@ def test_both_sides_train_one_network(setting: Setting):
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("side", SIDES)
 def test_each_side_takes_steps(side: str, setting: Setting, tmp_path: Path):
-    training.write_dataset(tmp_path, setting, count=4)
+    write_dataset(tmp_path, setting, count=4)
     steps = SIDES[side](replace(setting, checkpointing=True), tmp_path)
     first, second = next(steps), next(steps)
     losses = [getattr(step, "loss", step) for step in (first, second)]
